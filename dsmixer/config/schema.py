@@ -1,0 +1,278 @@
+"""The typed recipe: every section and key, its default, its unit and a line of help."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from dsmixer.config.stages import (
+    NAME_PATTERN,
+    Count,
+    Name,
+    PreserveConfig,
+    RouterDataConfig,
+    RslConfig,
+    Section,
+    Stage2Config,
+    StageConfig,
+    Text,
+)
+
+__all__ = [
+    "NAME_PATTERN",
+    "BaseConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "DomainConfig",
+    "EvaluationConfig",
+    "ExpertSpec",
+    "HealthConfig",
+    "MixerSection",
+    "PlacementConfig",
+    "PreserveConfig",
+    "Recipe",
+    "RouterDataConfig",
+    "RslConfig",
+    "RunConfig",
+    "SourceConfig",
+    "Stage2Config",
+    "StageConfig",
+    "schema_json",
+]
+
+RecordForm = Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "multiple_choice"]
+FORM_HELP = "form of a record; auto: told from its keys"
+
+
+class RunConfig(Section):
+    """Where a run is kept, and what its random numbers start from."""
+
+    name: Name = Field(default="run", description="name of the run: its folder is dir/name")
+    dir: Text = Field(default="runs", description="folder that holds the run folders")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="seed of data order, initial weights and dropout"
+    )
+    log_every: int = Field(default=1, ge=1, description="optimizer steps between two lines of metrics.jsonl")
+    tensorboard: bool = Field(default=True, description="whether TensorBoard files are written")
+
+
+class BaseConfig(Section):
+    """The frozen language model."""
+
+    model: Text = Field(description="folder or hub id of the base model")
+    revision: Text | None = Field(
+        default=None, description="hub branch, tag or commit; null: the default branch"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="type of the frozen weights and the products"
+    )
+    quantization: Literal["none", "nf4", "fp4"] = Field(
+        default="none", description="4-bit storage of the frozen weights"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        default="auto", description="attention implementation of transformers; auto: its own choice"
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="whether a layer's activations are computed again in the backward pass instead of kept",
+    )
+
+
+class DomainConfig(Section):
+    """One domain: its data, and the expert that serves it."""
+
+    name: Name = Field(description="name of the domain, and of its expert unless expert says otherwise")
+    train: Text = Field(description="train data: a file (.jsonl .json .csv .tsv .parquet) or a hub id")
+    test: Text | None = Field(default=None, description="held-out data: a file or a hub id; null: none")
+    weight: float = Field(
+        default=1.0, gt=0, description="times each train example is seen an epoch, on average"
+    )
+    max_train: Count | None = Field(
+        default=None, description="most train examples, drawn with the seed; null: all"
+    )
+    max_test: Count | None = Field(
+        default=None, description="most test examples, drawn with the seed; null: all"
+    )
+    split_train: Text = Field(default="train", description="split read for train, of a hub data set")
+    split_test: Text = Field(default="test", description="split read for test, of a hub data set")
+    subset: Text | None = Field(
+        default=None, description="configuration of a hub data set; null: its default"
+    )
+    form: RecordForm = Field(default="auto", description=FORM_HELP)
+    expert: Name | None = Field(
+        default=None, description="expert that serves the domain; null: the one of its name"
+    )
+
+
+class SourceConfig(Section):
+    """One data set in which a column names the domain of each record."""
+
+    train: Text = Field(description="train data of all domains: a file or a hub id")
+    test: Text | None = Field(
+        default=None, description="held-out data of all domains: a file or a hub id; null: none"
+    )
+    column: Text = Field(description="column whose value names the domain of a record")
+    weight: float = Field(
+        default=1.0, gt=0, description="times each train example is seen an epoch, on average"
+    )
+    max_train: Count | None = Field(
+        default=None, description="most train examples a domain, drawn with the seed; null: all"
+    )
+    max_test: Count | None = Field(
+        default=None, description="most test examples a domain, drawn with the seed; null: all"
+    )
+    split_train: Text = Field(default="train", description="split read for train, of a hub data set")
+    split_test: Text = Field(default="test", description="split read for test, of a hub data set")
+    subset: Text | None = Field(
+        default=None, description="configuration of a hub data set; null: its default"
+    )
+    form: RecordForm = Field(default="auto", description=FORM_HELP)
+
+
+class DataConfig(Section):
+    """What is trained and tested on, and how records become rows."""
+
+    max_length: int = Field(default=1024, ge=8, description="longest row, in tokens")
+    packing: bool = Field(
+        default=True, description="whether several examples share a row, without seeing each other"
+    )
+    loss: Literal["completion", "all"] = Field(default="completion", description="tokens that carry loss")
+    on_bad_record: Literal["error", "skip"] = Field(
+        default="error",
+        description="error: stop at a bad record; skip: count it and write it to a quarantine file",
+    )
+    cache_dir: Text | None = Field(
+        default=None, description="folder of the cache of tokenised data; null: kept in memory"
+    )
+    domains: Annotated[tuple[DomainConfig, ...], Strict(False)] = Field(
+        default=(), description="the domains, one entry each"
+    )
+    source: SourceConfig | None = Field(
+        default=None, description="one data set whose column names the domains; null: none"
+    )
+
+
+class ExpertSpec(Section):
+    """One expert of the pool."""
+
+    name: Name = Field(description="name of the expert")
+    rank: Count | None = Field(default=None, description="LoRA rank; null: the adapter's, or mixer.rank")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="LoRA alpha; null: the adapter's, or mixer.alpha"
+    )
+    path: Text | None = Field(default=None, description="PEFT LoRA adapter to start from; null: a new expert")
+
+
+class MixerSection(Section):
+    """The experts and routers put on the base's projections."""
+
+    targets: Annotated[tuple[Text, ...], Strict(False)] = Field(
+        default=("q", "k", "v", "o"),
+        min_length=1,
+        description="projections that carry mixers: q, k, v, o or module names",
+    )
+    rank: int = Field(default=64, ge=1, description="LoRA rank R of an expert")
+    alpha: float = Field(default=128.0, gt=0, description="LoRA alpha; an expert is scaled by alpha / R")
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the experts' inputs dropped in training"
+    )
+    rslora: bool = Field(default=False, description="whether an expert is scaled by alpha / sqrt(R) instead")
+    router: Literal["per_projection", "per_block"] = Field(
+        default="per_projection",
+        description="one router a projection, or one for the projections that read the same input",
+    )
+    router_std: float = Field(
+        default=0.02, gt=0, description="standard deviation of the routers' initial weights"
+    )
+    compute: Literal["auto", "loop", "dense", "grouped"] = Field(
+        default="auto", description="form in which the experts' sum is computed; the result is the same"
+    )
+    experts: Annotated[tuple[ExpertSpec, ...], Strict(False)] | None = Field(
+        default=None, description="the experts of the pool; null: one new expert a domain"
+    )
+
+
+class PlacementConfig(Section):
+    """Where experts live among the ranks."""
+
+    mode: Literal["auto", "replicate", "weights", "tokens"] = Field(
+        default="auto",
+        description="replicate: all on every rank; weights: gathered by ZeRO-3; tokens: sent to the experts",
+    )
+    expert_parallel_size: Literal["auto"] | Count = Field(
+        default="auto", description="ranks over which the experts are spread, in mode tokens"
+    )
+
+
+class DeepSpeedConfig(Section):
+    """What the DeepSpeed engine is told."""
+
+    zero_stage: Literal["auto"] | Annotated[int, Field(ge=0, le=3)] = Field(
+        default="auto",
+        description="ZeRO stage; auto: of the file, or 3 for placement weights and 2 otherwise",
+    )
+    config: Text | None = Field(
+        default=None, description="DeepSpeed JSON file, such as one of ds_configs/; null: none"
+    )
+
+
+class CheckpointConfig(Section):
+    """When a run is saved."""
+
+    every: int = Field(
+        default=100,
+        ge=1,
+        description="optimizer steps between two checkpoints; the end of a stage is saved too",
+    )
+    keep: int = Field(default=3, ge=1, description="checkpoints kept of a stage, the newest ones")
+
+
+class EvaluationConfig(Section):
+    """What is measured after training."""
+
+    enabled: bool = Field(default=True, description="whether the run ends with an evaluation")
+    tasks: Annotated[tuple[Text, ...], Strict(False)] = Field(
+        default=(), description="lm-eval tasks to run as well"
+    )
+    max_examples: Count | None = Field(default=None, description="most test examples a domain; null: all")
+    generate_max_new_tokens: int = Field(default=64, ge=1, description="longest generated answer, in tokens")
+    exact_match: bool = Field(default=True, description="whether answers are generated and compared")
+    batch_size: int = Field(default=8, ge=1, description="examples scored at a time")
+
+
+class HealthConfig(Section):
+    """When a rank counts as lost."""
+
+    hang_timeout: float = Field(
+        default=600.0, gt=0, description="seconds without a step after which a rank counts as hung"
+    )
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: every key has its value."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, folder and seed of the run")
+    base: BaseConfig = Field(description="the frozen language model")
+    data: DataConfig = Field(description="domains and how they are read")
+    mixer: MixerSection = Field(default_factory=MixerSection, description="experts and routers")
+    stage1: StageConfig = Field(default_factory=StageConfig, description="stage one: experts, by domain")
+    stage2: Stage2Config = Field(
+        default_factory=Stage2Config, description="stage two: routers, without labels"
+    )
+    placement: PlacementConfig = Field(default_factory=PlacementConfig, description="where the experts live")
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="the DeepSpeed engine")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="when the run is saved"
+    )
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="what is measured at the end"
+    )
+    health: HealthConfig = Field(default_factory=HealthConfig, description="when a rank counts as lost")
+
+
+def schema_json() -> str:
+    """The JSON schema of a recipe, as indented text."""
+    return json.dumps(Recipe.model_json_schema(), indent=2)
