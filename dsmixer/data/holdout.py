@@ -1,0 +1,82 @@
+"""The small mixed set that trains the routers, kept from stage one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsmixer.config.errors import UserError
+from dsmixer.config.schema import RouterDataConfig
+from dsmixer.data.domains import BadRecords, Domain, capped, read_examples
+from dsmixer.data.records import Example
+from dsmixer.data.seeds import generator
+
+UNLABELLED = ""
+"""The domain of a router example that comes from a source of its own: stage two needs no labels."""
+
+
+def hold_out_router_examples(
+    domains: Sequence[Domain], data: RouterDataConfig, seed: int
+) -> tuple[list[Domain], list[Example]]:
+    """Split the router's training examples off the domains, or read them from their own source.
+
+    Held out are numbers proportional to the domains' train sizes, at least one a domain and at most
+    ``max_share`` of each (or one). Which ones depends on the seed and the domain's name alone.
+
+    Args:
+        domains: the domains with all their training examples.
+        data: the recipe's ``stage2.data``.
+        seed: the run's seed.
+
+    Returns:
+        The domains for stage one, and the router examples, both in source order.
+
+    Raises:
+        UserError: a domain has a single example, or the source is empty or bad.
+    """
+    if data.source is not None:
+        return list(domains), _examples_of_source(data.source, data.max_examples, seed)
+    for domain in domains:
+        if len(domain.train) < 2:
+            fix = "add examples, or give stage2.data.source"
+            problem = f"{len(domain.train)} training example, none to spare for the routers"
+            raise UserError(problem, where=f"data.domains: {domain.name}", fix=fix)
+    counts = held_out_counts([len(domain.train) for domain in domains], data.max_examples, data.max_share)
+    remaining: list[Domain] = []
+    router: list[Example] = []
+    for domain, count in zip(domains, counts, strict=True):
+        random = generator(seed, "router examples", domain.name)
+        chosen = set(random.choice(len(domain.train), count, replace=False).tolist())
+        router += [example for i, example in enumerate(domain.train) if i in chosen]
+        train = [example for i, example in enumerate(domain.train) if i not in chosen]
+        remaining.append(dataclasses.replace(domain, train=train))
+    return remaining, router
+
+
+def held_out_counts(sizes: Sequence[int], max_examples: int, max_share: float) -> list[int]:
+    """How many examples each domain gives: largest remainders of the proportional shares, within the caps.
+
+    Args:
+        sizes: training examples a domain, each at least two.
+        max_examples: wanted over all domains; exceeded only where one a domain needs it.
+        max_share: largest share of a domain.
+    """
+    size = np.asarray(sizes, dtype=np.int64)
+    caps = np.maximum(1, np.floor(max_share * size).astype(np.int64))
+    shares = max_examples * size / size.sum()
+    counts = np.clip(np.floor(shares).astype(np.int64), 1, caps)
+    for i in np.argsort(np.floor(shares) - shares, kind="stable"):
+        if counts.sum() >= max_examples:
+            break
+        counts[i] += int(counts[i] < caps[i] and shares[i] > counts[i])
+    return [int(count) for count in counts]
+
+
+def _examples_of_source(source: str, max_examples: int, seed: int) -> list[Example]:
+    rows = read_examples(source, "train", None, "auto", BadRecords(skip=False), domain=UNLABELLED)
+    examples = capped(rows, max_examples, generator(seed, "router source"))
+    if not examples:
+        raise UserError("no example in it", where=f"stage2.data.source: {source}", fix="give it records")
+    return examples
