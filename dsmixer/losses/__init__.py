@@ -1,0 +1,1 @@
+"""What training minimises: the task, the routing losses, and the pull towards the experts' first values."""

@@ -1,0 +1,1 @@
+"""The base model: loading it, finding its projections, and putting mixers on them."""

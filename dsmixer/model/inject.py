@@ -1,0 +1,185 @@
+"""Put mixers on a model's projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsmixer.config.errors import UserError
+from dsmixer.experts.bank import ExpertBank
+from dsmixer.experts.init import named_generator, normal_rows
+from dsmixer.model.mixed_linear import MixedLinear
+from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.model.targets import Target, find_targets
+from dsmixer.routing.context import RoutingContext
+from dsmixer.routing.modes import Routing
+from dsmixer.routing.router import Router
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A model with mixers on it.
+
+    Attributes:
+        model: the transformers model, changed in place.
+        config: what was attached.
+        mixers: the mixed projections by module path, in the order of the model's modules.
+        routers: the routers by the path of the projection that owns each, in the order of their index in
+            the statistics.
+        context: shared by all mixers.
+    """
+
+    model: nn.Module
+    config: MixerConfig
+    mixers: dict[str, MixedLinear]
+    routers: dict[str, Router]
+    context: RoutingContext
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        return tuple(self.config.experts)
+
+    def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``lora_A`` and ``lora_B`` of every bank, with their names in the model."""
+        for path, mixer in self.mixers.items():
+            yield f"{path}.bank.lora_A", mixer.bank.lora_A
+            yield f"{path}.bank.lora_B", mixer.bank.lora_B
+
+    def router_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``G`` of every router, with its name in the model."""
+        for path, router in self.routers.items():
+            yield f"{path}.router.weight", router.weight
+
+
+def attach_mixers(model: nn.Module, config: MixerConfig) -> Mixture:
+    """Freeze ``model`` and put a pool of experts and a router on each projection that ``config`` names.
+
+    The model is changed in place. Its experts start as PEFT's LoRA does, so that the outputs are those of
+    the base until something trains. Outside ``route_to`` it routes by its routers.
+
+    Raises:
+        UserError: a target is not there, or the model has mixers already.
+    """
+    if getattr(model, "dsmixer", None) is not None:
+        raise UserError("this model already has mixers", fix="attach them to a freshly loaded model")
+    targets = find_targets(model, config.targets)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    context = RoutingContext(len(config.experts), config.default_routing())
+    mixers: dict[str, MixedLinear] = {}
+    routers: dict[str, Router] = {}
+    leaders: dict[str, tuple[int, Router]] = {}
+    for target in targets:
+        slot = target.block if config.router == "per_block" else target.path
+        owns_router = slot not in leaders
+        if owns_router:
+            leaders[slot] = (len(leaders), _new_router(model, target, config))
+            routers[target.path] = leaders[slot][1]
+        index, router = leaders[slot]
+        mixers[target.path] = _mix(model, target, config, context, router, index, owns_router)
+    for path, mixer in mixers.items():
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, mixer)
+    mixture = Mixture(model, config, mixers, routers, context)
+    model.dsmixer = _Attached(mixture)  # type: ignore[assignment]
+    return mixture
+
+
+class _Attached:
+    """Holds the mixture on its model, out of sight of ``nn.Module``'s own bookkeeping."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+
+def mixture_of(model: nn.Module) -> Mixture:
+    """The mixture attached to ``model`` (or to the model that a DeepSpeed engine wraps)."""
+    attached = getattr(model, "dsmixer", None)
+    if attached is None and isinstance(getattr(model, "module", None), nn.Module):
+        attached = getattr(model.module, "dsmixer", None)
+    if attached is None:
+        raise UserError("this model has no mixers", fix="call attach_mixers(model, MixerConfig(...)) first")
+    mixture: Mixture = attached.mixture
+    return mixture
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _new_router(model: nn.Module, target: Target, config: MixerConfig) -> Router:
+    device = _device_of(model.get_submodule(target.path))
+    router = Router(len(config.experts), target.in_features, device)
+    if not router.weight.is_meta:
+        generator = named_generator(config.seed, target.block, "router")
+        start = normal_rows(len(config.experts), target.in_features, config.router_std, generator)
+        with torch.no_grad():
+            router.weight.copy_(start)
+    return router
+
+
+def _mix(
+    model: nn.Module,
+    target: Target,
+    config: MixerConfig,
+    context: RoutingContext,
+    router: Router,
+    index: int,
+    owns_router: bool,
+) -> MixedLinear:
+    base = model.get_submodule(target.path)
+    bank = ExpertBank(
+        config.experts,
+        target.in_features,
+        target.out_features,
+        ranks=config.rank_list,
+        alphas=config.alpha_list,
+        rslora=config.rslora,
+        compute=config.compute,
+        device=_device_of(base),
+    )
+    bank.start(config.seed, target.path)
+    mixer = MixedLinear(
+        base,
+        bank,
+        router,
+        router_index=index,
+        context=context,
+        dropout=config.dropout,
+        shared=config.router == "per_block" and set(target.roles) <= set("qkv"),
+        owns_router=owns_router,
+    )
+    # a new module starts in training mode, and a model that evaluates must not begin to drop inputs
+    return mixer.train(base.training)
+
+
+@contextmanager
+def route_to(model: nn.Module, expert: str | None) -> Iterator[None]:
+    """Send every token to one expert with weight 1, or to none: ``None`` is the base model.
+
+    Args:
+        model: a model with mixers attached.
+        expert: the expert's name, or None.
+    """
+    mixture = mixture_of(model)
+    if expert is None:
+        routing = Routing(mode="none")
+    elif expert in mixture.expert_names:
+        routing = Routing(mode="hard", expert=mixture.expert_names.index(expert))
+    else:
+        raise UserError(
+            f"no expert is called {expert!r}", fix=f"choose from {', '.join(mixture.expert_names)}"
+        )
+    with mixture.context.routed(routing):
+        yield
+
+
+@contextmanager
+def route_by(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Route in another way for a while, such as ``Routing(mode="uniform")``."""
+    with mixture_of(model).context.routed(routing):
+        yield

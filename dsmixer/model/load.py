@@ -1,0 +1,157 @@
+"""The frozen base model and its tokenizer, from a folder or a hub id."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+
+from dsmixer.config.errors import UserError
+from dsmixer.config.schema import BaseConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "recurrent_gemma")
+
+
+@dataclass
+class LoadedBase:
+    """A base model as loaded.
+
+    Attributes:
+        model: the causal language model.
+        tokenizer: its tokenizer.
+        zero3_config: what told transformers to load it in shards; alive as long as the model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    zero3_config: HfDeepSpeedConfig | None
+
+
+def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -> LoadedBase:
+    """Load model and tokenizer, never running code that comes with them.
+
+    Args:
+        base: the recipe's section.
+        packing: whether rows will hold several examples, which the model must be able to keep apart.
+        zero3: load under ``zero.Init``, so that each rank keeps only its part of every weight.
+
+    Raises:
+        UserError: the model is not there, of a kind that can't be trained here, or has no tokenizer.
+    """
+    config = _read_config(base)
+    _check_kind(config, base)
+    tokenizer = load_tokenizer(base.model, base.revision)
+    zero3_config = _sharded_loading(base) if zero3 else None
+    options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": False}
+    if base.attention != "auto":
+        options["attn_implementation"] = base.attention
+    if not zero3:
+        options["dtype"] = DTYPES[base.dtype]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.model, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"the model could not be loaded: {error}", where=f"base.model: {base.model}", fix=_FIX
+        ) from error
+    _check_dtypes(model, DTYPES[base.dtype])
+    _check_packing(model, packing)
+    if base.activation_checkpointing:
+        checkpoint_activations(model)
+    return LoadedBase(model, tokenizer, zero3_config)
+
+
+_FIX = "give a transformers folder (config.json and safetensors) or a hub id, and check base.revision"
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id."""
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer could be loaded: {error}",
+            where=f"base.model: {source}",
+            fix="put the tokenizer's files beside the model's",
+        ) from error
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Run each layer again in the backward pass instead of keeping its activations.
+
+    Without re-entrance, so that losses taken inside a layer keep their graph. The check of recomputed
+    metadata is off, because ZeRO-3 shows it released (empty) weights where it had seen gathered ones.
+    """
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "determinism_check": "none"}
+    )
+
+
+def _read_config(base: BaseConfig) -> Any:
+    if base.model.startswith((".", "/", "~")) and not Path(base.model).is_dir():
+        raise UserError("no such folder", where=f"base.model: {base.model}", fix=_FIX)
+    try:
+        return AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model configuration could be read: {str(error).splitlines()[0]}",
+            where=f"base.model: {base.model}",
+            fix=_FIX,
+        ) from error
+
+
+def _check_kind(config: Any, base: BaseConfig) -> None:
+    kind = str(getattr(config, "model_type", ""))
+    where = f"base.model: {base.model}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{kind} is an encoder-decoder model; this version trains decoder models",
+            where=where,
+            fix="choose a causal language model",
+        )
+    if kind in RECURRENT:
+        raise UserError(
+            f"{kind} has recurrent layers; this version trains attention models",
+            where=where,
+            fix="choose a causal language model with attention",
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            "this model's weights are quantised already", where=where, fix="choose its unquantised weights"
+        )
+
+
+def _sharded_loading(base: BaseConfig) -> HfDeepSpeedConfig:
+    # transformers hands zero.Init no dtype: it takes bf16 from here, and float32 without it
+    return HfDeepSpeedConfig(
+        {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": base.dtype == "bfloat16"},
+        }
+    )
+
+
+def _check_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    wrong = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
+    assert not wrong, f"the base was loaded as {', '.join(sorted(wrong))}, not {dtype}"
+
+
+def _check_packing(model: PreTrainedModel, packing: bool) -> None:
+    if packing and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"{type(model).__name__} takes no position_ids, so examples in one row would see each other",
+            where="data.packing",
+            fix="write packing: false",
+        )

@@ -1,0 +1,77 @@
+"""A frozen projection with its experts beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsmixer.experts.bank import ExpertBank
+from dsmixer.routing.context import RoutingContext
+from dsmixer.routing.router import Router
+
+
+class MixedLinear(nn.Module):
+    """``y = W0 x + sum_{e chosen by x} w_e(x) s_e B_e A_e dropout(x)``.
+
+    Args:
+        base: the frozen projection, ``nn.Linear``, transformers' ``Conv1D`` or a quantised linear layer.
+        bank: the experts.
+        router: the router that chooses among them.
+        router_index: row of the router in the step's statistics.
+        context: shared by all mixers of the model.
+        dropout: probability; one mask a token for all experts of the mixer.
+        shared: whether other projections of the block use the same router.
+        owns_router: whether the router's weights are registered here. With one router a block, the first
+            projection owns them and the others only call it.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        bank: ExpertBank,
+        router: Router,
+        *,
+        router_index: int,
+        context: RoutingContext,
+        dropout: float = 0.0,
+        shared: bool = False,
+        owns_router: bool = True,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.bank = bank
+        if owns_router:
+            self.router = router
+        # a plain tuple keeps context and a foreign router out of this module's state
+        self._outside: tuple[RoutingContext, Router] = (context, router)
+        self.router_index, self.shared, self.owns_router = router_index, shared, owns_router
+        self.dropout = dropout
+
+    @property
+    def context(self) -> RoutingContext:
+        return self._outside[0]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[..., D]`` to ``[..., O]``."""
+        y = self.base(x, *args, **kwargs)
+        context, router = self._outside
+        if context.routing.mode == "none":
+            return y
+        x_TD = x.reshape(-1, x.shape[-1])
+        shared_input = x if self.shared else None
+        assignment = context.assign(router, self.router_index, x_TD, shared_input=shared_input)
+        if self.training and self.dropout > 0.0:
+            x_TD = F.dropout(x_TD, self.dropout)
+        return y + self.bank(x_TD, assignment).view_as(y)
+
+    def __getattr__(self, name: str) -> Any:
+        # transformers asks projections for their weight's dtype or device, and for in_features
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("weight", "bias", "in_features", "out_features", "nf"):
+                return getattr(super().__getattr__("base"), name)
+            raise

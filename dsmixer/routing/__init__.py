@@ -1,0 +1,1 @@
+"""Which experts speak for a token: routers, the ways to choose, and what is counted while they do."""

@@ -1,0 +1,164 @@
+"""The routing context: what every mixer of a model has to know about the present forward pass.
+
+State travels in arguments elsewhere in dsmixer. Here it can't: the mixers sit inside a transformers
+model whose layers pass tensors of their own signature, so expert ids, masks and the routing mode of a
+batch have no other way in, and the routers' statistics no other way out. One object a model, shared by
+all its mixers, written only by the loop, by ``route_to`` and by ``load_mixture``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dsmixer.experts.assignment import Assignment
+from dsmixer.routing.modes import Routing, modes
+from dsmixer.routing.router import Router
+from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
+
+# (output of one router, index of the router) -> its loss summed over real tokens, a scalar with graph
+RouterLoss = Callable[[RouterOutput, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BatchRouting:
+    """What a training batch tells its mixers.
+
+    Attributes:
+        expert_ids_T: expert of each token in ``hard`` routing, -1 for none.
+        mask_T: 1.0 for real tokens, 0.0 for padding.
+        domains_T: domain of each token, -1 on padding; for the load of experts by domain.
+    """
+
+    expert_ids_T: torch.Tensor | None = None
+    mask_T: torch.Tensor | None = None
+    domains_T: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _SharedAssignment:
+    """The assignment of the block in work. It holds its input, so that no other can take its address."""
+
+    key: tuple[object, ...]
+    x: torch.Tensor
+    assignment: Assignment
+
+
+def _memory_of(x: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that show the same memory in the same way and with the same contents."""
+    version = 0 if x.is_inference() else x._version  # inference tensors have no version counter
+    return x.data_ptr(), tuple(x.shape), x.stride(), version
+
+
+class RoutingContext:
+    """The present way to route, the batch's ids, and the statistics of the present forward pass."""
+
+    def __init__(self, num_experts: int, routing: Routing) -> None:
+        self.num_experts = num_experts
+        self.routing = routing
+        self.batch = BatchRouting()
+        self._recording = False
+        self._statistics: RoutingStatistics | None = None
+        self._router_loss: RouterLoss | None = None
+        self._loss_sum: torch.Tensor | None = None
+        self._shared: _SharedAssignment | None = None
+
+    @contextmanager
+    def routed(self, routing: Routing) -> Iterator[None]:
+        """Route in another way for a while."""
+        before, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = before
+
+    @contextmanager
+    def recording(
+        self,
+        batch: BatchRouting,
+        statistics: RoutingStatistics | None = None,
+        router_loss: RouterLoss | None = None,
+    ) -> Iterator[None]:
+        """Around the forward pass of one micro-batch.
+
+        The batch's ids stay after it, because activation checkpointing runs layers again in the backward
+        pass and must see the same ones; statistics and losses are taken only inside, so each counts once.
+        The losses' function stays too: what is run again has to save the tensors that the first run saved.
+        ``clear`` after the backward pass ends both.
+        """
+        self.batch, self._statistics, self._router_loss = batch, statistics, router_loss
+        self._loss_sum, self._recording, self._shared = None, True, None
+        try:
+            yield
+        finally:
+            self._recording, self._shared = False, None
+
+    def take_loss(self) -> torch.Tensor | None:
+        """The routers' losses of the last recorded pass, summed over routers and real tokens."""
+        loss, self._loss_sum = self._loss_sum, None
+        return loss
+
+    def clear(self) -> None:
+        """Forget the batch and the routers' losses: the next pass is not part of training."""
+        self.batch, self._shared = BatchRouting(), None
+        self._statistics = self._router_loss = None
+
+    def assign(
+        self, router: Router, index: int, x_TD: torch.Tensor, *, shared_input: torch.Tensor | None = None
+    ) -> Assignment:
+        """The experts of each token of ``x_TD``, as the present routing says.
+
+        Args:
+            router: the router to ask.
+            index: its row in the statistics.
+            x_TD: the tokens.
+            shared_input: what the projection read before it was flattened, where others of the block use
+                the same router; those that read the same memory get one and the same assignment, counted
+                once.
+        """
+        if not self.routing.uses_router:
+            return self._without_router(x_TD)
+        if shared_input is None:
+            return self._through_router(router, index, x_TD)
+        key = (index, self.routing, self._recording, torch.is_grad_enabled(), *_memory_of(shared_input))
+        kept = self._shared
+        if kept is None or kept.key != key:
+            kept = _SharedAssignment(key, shared_input, self._through_router(router, index, x_TD))
+            self._shared = kept
+        return kept.assignment
+
+    def _without_router(self, x_TD: torch.Tensor) -> Assignment:
+        num_tokens, mode = x_TD.shape[0], self.routing.mode
+        ones_T1 = torch.ones(num_tokens, 1, device=x_TD.device)
+        if mode == "uniform":
+            gate_TE = ones_T1.expand(num_tokens, self.num_experts) / self.num_experts
+            return Assignment(self.num_experts, gate_TE=gate_TE)
+        assert mode == "hard", mode
+        if self.routing.expert is not None:
+            ids_T1 = torch.full((num_tokens, 1), self.routing.expert, device=x_TD.device)
+        else:
+            ids_T = self.batch.expert_ids_T
+            assert ids_T is not None and ids_T.shape[0] == num_tokens, "hard routing without its ids"
+            ids_T1 = ids_T[:, None]
+        return Assignment(self.num_experts, indices_TK=ids_T1, weights_TK=ones_T1)
+
+    def _through_router(self, router: Router, index: int, x_TD: torch.Tensor) -> Assignment:
+        logits_TE = router(x_TD)
+        p_TE = torch.softmax(logits_TE, dim=1)
+        choice = modes[self.routing.mode](p_TE, self.routing)
+        self._record(RouterOutput(logits_TE, p_TE, choice, self.batch.mask_T), index)
+        if choice.gate_TE is not None:
+            return Assignment(self.num_experts, gate_TE=choice.gate_TE)
+        return Assignment(self.num_experts, indices_TK=choice.indices_TK, weights_TK=choice.weights_TK)
+
+    def _record(self, output: RouterOutput, index: int) -> None:
+        if self._recording and self._statistics is not None:
+            self._statistics.record(index, output, self.batch.domains_T)
+        if self._router_loss is not None and (self._recording or torch.is_grad_enabled()):
+            loss = self._router_loss(output, index)
+            # run again by activation checkpointing, only the tensors it saves are wanted
+            if self._recording:
+                self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss

@@ -1,0 +1,140 @@
+"""What the routers of a model did in one optimizer step, as one small buffer that is reduced once.
+
+Shapes: M routers, E experts, G domains, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dsmixer.routing.modes import Choice
+
+MAX_DOMAIN_CELLS = 4096  # domains x experts counted apart in each router; above that only the sums
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """One router's work on one micro-batch, with its graph where gradients are wanted.
+
+    Attributes:
+        logits_TE: ``G x``.
+        p_TE: ``softmax(logits)``.
+        choice: what the routing mode made of it.
+        mask_T: 1 for real tokens, 0 for padding; None means that all are real.
+    """
+
+    logits_TE: torch.Tensor
+    p_TE: torch.Tensor
+    choice: Choice
+    mask_T: torch.Tensor | None
+
+    def token_sum(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Sum over real tokens along the first dimension."""
+        if self.mask_T is None:
+            return values_T.sum(0)
+        shape = (-1,) + (1,) * (values_T.dim() - 1)
+        return (values_T * self.mask_T.to(values_T.dtype).view(shape)).sum(0)
+
+    def entropy_T(self) -> torch.Tensor:
+        """``H(p(x))`` of each token, nats."""
+        return -(self.p_TE * torch.log_softmax(self.logits_TE, dim=1)).sum(1)
+
+
+@dataclass
+class RoutingStatistics:
+    """Sums over the real tokens of a step, one row a router.
+
+    ``p_ME`` sums p; ``p_squared_ME`` sums p²; ``weight_ME`` sums the weights of the chosen experts,
+    renormalised to 1 a token; ``top1_ME`` counts first choices; ``chosen_ME`` counts choices of any rank; ``smooth_ME`` sums
+    ``softmax(logits / tau)``; ``entropy_M`` sums H(p); ``tokens_M`` counts tokens;
+    ``domain_MGE`` counts first choices by domain.
+    """
+
+    num_routers: int
+    num_experts: int
+    num_domains: int = 0
+    device: torch.device | str = "cpu"
+    smooth_temperature: float | None = None
+    buffer: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_domains * self.num_experts > MAX_DOMAIN_CELLS:
+            self.num_domains = 0
+        width = 6 * self.num_experts + 2 + self.num_domains * self.num_experts
+        self.buffer = torch.zeros(self.num_routers, width, dtype=torch.float32, device=self.device)
+
+    def _columns(self, index: int) -> torch.Tensor:
+        return self.buffer[:, index * self.num_experts : (index + 1) * self.num_experts]
+
+    @property
+    def p_ME(self) -> torch.Tensor:
+        return self._columns(0)
+
+    @property
+    def p_squared_ME(self) -> torch.Tensor:
+        return self._columns(1)
+
+    @property
+    def weight_ME(self) -> torch.Tensor:
+        return self._columns(2)
+
+    @property
+    def top1_ME(self) -> torch.Tensor:
+        return self._columns(3)
+
+    @property
+    def chosen_ME(self) -> torch.Tensor:
+        return self._columns(4)
+
+    @property
+    def smooth_ME(self) -> torch.Tensor:
+        return self._columns(5)
+
+    @property
+    def entropy_M(self) -> torch.Tensor:
+        return self.buffer[:, 6 * self.num_experts]
+
+    @property
+    def tokens_M(self) -> torch.Tensor:
+        return self.buffer[:, 6 * self.num_experts + 1]
+
+    @property
+    def domain_MGE(self) -> torch.Tensor:
+        rest = self.buffer[:, 6 * self.num_experts + 2 :]
+        return rest.view(self.num_routers, self.num_domains, self.num_experts)
+
+    @torch.no_grad()
+    def record(self, router: int, output: RouterOutput, domains_T: torch.Tensor | None) -> None:
+        """Add one router's micro-batch."""
+        p_TE, choice = output.p_TE.detach().float(), output.choice
+        weights_TE = torch.zeros_like(p_TE).scatter_add_(
+            1, choice.indices_TK, choice.shares_TK.detach().float()
+        )
+        first_TE = torch.zeros_like(p_TE).scatter_(1, p_TE.argmax(1, keepdim=True), 1.0)
+        chosen_TE = (weights_TE if choice.gate_TE is None else choice.gate_TE.detach()) > 0
+        self.p_ME[router] += output.token_sum(p_TE)
+        self.p_squared_ME[router] += output.token_sum(p_TE.square())
+        self.weight_ME[router] += output.token_sum(weights_TE)
+        self.top1_ME[router] += output.token_sum(first_TE)
+        self.chosen_ME[router] += output.token_sum(chosen_TE.float())
+        self.entropy_M[router] += output.token_sum(output.entropy_T().detach().float())
+        mask_T = output.mask_T
+        self.tokens_M[router] += p_TE.shape[0] if mask_T is None else mask_T.sum()
+        if self.smooth_temperature is not None:
+            smooth_TE = torch.softmax(output.logits_TE.detach().float() / self.smooth_temperature, dim=1)
+            self.smooth_ME[router] += output.token_sum(smooth_TE)
+        if self.num_domains and domains_T is not None:
+            real_T = domains_T >= 0
+            self.domain_MGE[router].index_add_(0, domains_T[real_T], first_TE[real_T])
+
+    def usage(self, kind: str) -> torch.Tensor:
+        """``f̄ [M, E]`` that RSL wants: ``topk`` mean renormalised weight, ``top1`` frequency, ``smooth``.
+
+        Each row sums to 1. A router that saw no token answers 1/E.
+        """
+        sums_ME = {"topk": self.weight_ME, "top1": self.top1_ME, "smooth": self.smooth_ME}[kind]
+        total_M1 = sums_ME.sum(1, keepdim=True)
+        even = torch.full_like(sums_ME, 1.0 / self.num_experts)
+        return torch.where(total_M1 > 0, sums_ME / total_M1.clamp_min(1e-30), even)
