@@ -134,7 +134,7 @@ class _Grouped(torch.autograd.Function):
 def _sort_pairs(
     indices_TK: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs in the order of their experts: positions ``[N]``, tokens ``[N]``, where each expert ends ``[E]``."""
+    """Pairs in the order of their experts: positions ``[N]``, tokens ``[N]``, ends of the experts ``[E]``."""
     flat_N = indices_TK.flatten()
     order_N = torch.argsort(flat_N, stable=True)
     counts_E = torch.zeros(num_experts, dtype=torch.int32, device=flat_N.device)

@@ -71,6 +71,6 @@ def micro_batch_usage(output: RouterOutput, kind: str, temperature: float) -> to
 
 
 def ramp_at(step: int, num_steps: int, share: float) -> float:
-    """How far alpha and lambda have risen at ``step`` (from 0): linear over ``share`` of the steps, then 1."""
+    """How far alpha and lambda have risen at ``step`` (from 0): linear over ``share`` of the steps."""
     length = share * num_steps
     return 1.0 if length <= 0 else min(1.0, (step + 1) / length)

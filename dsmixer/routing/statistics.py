@@ -46,9 +46,9 @@ class RouterOutput:
 class RoutingStatistics:
     """Sums over the real tokens of a step, one row a router.
 
-    ``p_ME`` sums p; ``p_squared_ME`` sums p²; ``weight_ME`` sums the weights of the chosen experts,
-    renormalised to 1 a token; ``top1_ME`` counts first choices; ``chosen_ME`` counts choices of any rank; ``smooth_ME`` sums
-    ``softmax(logits / tau)``; ``entropy_M`` sums H(p); ``tokens_M`` counts tokens;
+    ``p_ME`` sums p and ``p_squared_ME`` p²; ``weight_ME`` sums the weights of the chosen experts,
+    renormalised to 1 a token; ``top1_ME`` counts first choices and ``chosen_ME`` choices of any rank;
+    ``smooth_ME`` sums ``softmax(logits / tau)``; ``entropy_M`` sums H(p); ``tokens_M`` counts tokens;
     ``domain_MGE`` counts first choices by domain.
     """
 
