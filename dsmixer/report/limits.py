@@ -1,0 +1,33 @@
+"""Which rows and columns a plot shows where there are more than a reader can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_SHOWN = 64  # domains, experts or routers on one axis of a heat map
+
+
+def largest(weights: Sequence[float] | np.ndarray, limit: int = MAX_SHOWN) -> list[int]:
+    """Positions of the ``limit`` largest weights, in their own order; the first of equal ones."""
+    values = np.nan_to_num(np.asarray(weights, dtype=float), nan=-np.inf)
+    return sorted(int(index) for index in np.argsort(-values, kind="stable")[:limit])
+
+
+def evenly(count: int, limit: int = MAX_SHOWN) -> list[int]:
+    """``min(count, limit)`` positions spread evenly over ``range(count)``, both ends among them."""
+    if count <= limit:
+        return list(range(count))
+    return sorted({round(index) for index in np.linspace(0, count - 1, limit)})
+
+
+def shown(kind: str, how: str, number: int, total: int) -> str:
+    """A remark such as ``64 largest of 196 experts``; empty where all are shown."""
+    return "" if number == total else f"{number} {how} of {total} {kind}"
+
+
+def with_remarks(title: str, *remarks: str) -> str:
+    """The title, and in a second line what it leaves out."""
+    said = ", ".join(remark for remark in remarks if remark)
+    return f"{title}\n{said}" if said else title

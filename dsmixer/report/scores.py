@@ -1,0 +1,106 @@
+"""An evaluation that can be asked: what a method reached on a domain, and how much of a gain it recovers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+EXPERT = "expert:"
+OWN = "own expert"
+METHOD_ORDER = ("base", "majority", OWN, "uniform", "mixture")
+METRIC_ORDER = ("loss", "accuracy", "accuracy_norm", "exact_match")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a small value of a metric is a good one: losses, perplexities."""
+    return "loss" in metric or "perplexity" in metric
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rows of ``evaluation.json``.
+
+    Attributes:
+        values: by (domain, method, metric); ``expert:NAME`` is a method.
+        num_examples: by (domain, metric).
+        domains: in the order of the rows.
+        expert_of: name of the expert that serves a domain.
+    """
+
+    values: dict[tuple[str, str, str], float]
+    num_examples: dict[tuple[str, str], int]
+    domains: list[str]
+    expert_of: dict[str, str]
+
+    @property
+    def metrics(self) -> list[str]:
+        return _ordered({metric for _, _, metric in self.values}, METRIC_ORDER)
+
+    @property
+    def experts(self) -> list[str]:
+        """Experts that were measured, in the order of the domains they serve, then by name."""
+        names = {method.removeprefix(EXPERT) for _, method, _ in self.values if method.startswith(EXPERT)}
+        return _ordered(names, [self.expert_of[domain] for domain in self.domains])
+
+    def methods(self, metric: str) -> list[str]:
+        """Columns of a metric's table: every method, the experts drawn together as ``own expert``."""
+        names = {method for _, method, other in self.values if other == metric}
+        grouped = {OWN if method.startswith(EXPERT) else method for method in names}
+        return _ordered(grouped, METHOD_ORDER)
+
+    def value(self, domain: str, method: str, metric: str) -> float:
+        """The value, NaN where it was not measured; ``own expert`` is the domain's own."""
+        if method == OWN:
+            method = f"{EXPERT}{self.expert_of[domain]}"
+        return self.values.get((domain, method, metric), math.nan)
+
+    def mean(self, method: str, metric: str) -> float:
+        """Mean over the domains of the metric; NaN where one of them was not measured."""
+        domains = [domain for domain in self.domains if (domain, metric) in self.num_examples]
+        return (
+            float(np.mean([self.value(domain, method, metric) for domain in domains]))
+            if domains
+            else math.nan
+        )
+
+    def share_of_own_gain(self, domain: str, method: str) -> float:
+        """``(base - method) / (base - own expert)`` in held-out loss; NaN where the own one gains none."""
+        base, own = self.value(domain, "base", "loss"), self.value(domain, OWN, "loss")
+        return (base - self.value(domain, method, "loss")) / (base - own) if base > own else math.nan
+
+    def gain(self, domain: str, method: str) -> float:
+        """Held-out loss below the base, nats a target token."""
+        return self.value(domain, "base", "loss") - self.value(domain, method, "loss")
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Scores:
+    """Scores from the rows of ``evaluation.json`` and the settings, which say what expert serves a domain."""
+    values: dict[tuple[str, str, str], float] = {}
+    num_examples: dict[tuple[str, str], int] = {}
+    for row in rows:
+        domain, method, metric = (str(row[key]) for key in ("domain", "method", "metric"))
+        value, number = row["value"], row.get("num_examples")
+        values[domain, method, metric] = float(value) if isinstance(value, int | float) else math.nan
+        num_examples[domain, metric] = number if isinstance(number, int) else 0
+    domains = list(dict.fromkeys(domain for domain, _, _ in values))
+    return Scores(values, num_examples, domains, {d: e for d, e in _experts(domains, settings)})
+
+
+def _experts(domains: Iterable[str], settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    data = settings.get("data")
+    entries = data.get("domains") if isinstance(data, Mapping) else None
+    named = {
+        str(entry.get("name")): entry.get("expert")
+        for entry in entries or ()
+        if isinstance(entry, Mapping) and entry.get("expert")
+    }
+    return [(domain, str(named.get(domain, domain))) for domain in domains]
+
+
+def _ordered(names: set[str], first: Sequence[str]) -> list[str]:
+    leading = [name for name in dict.fromkeys(first) if name in names]
+    return leading + sorted(names - set(leading))
