@@ -1,0 +1,85 @@
+"""``dsmixer train`` and ``launch/train.py``: the main job.
+
+deepspeed --num_accelerators 2 launch/train.py --config RECIPE.yaml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dsmixer.config.checks import check_recipe
+from dsmixer.config.ds_json import merge_ds_config
+from dsmixer.config.recipe import load_recipe
+
+STOPPED = 75
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the main job, with those that DeepSpeed's launcher appends."""
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that stand over the recipe's"
+    )
+    parser.add_argument(
+        "--stages",
+        choices=("1", "2", "both"),
+        default="both",
+        help="run only this stage of the recipe now; a later call of the same command goes on",
+    )
+    parser.add_argument("--local_rank", type=int, default=None, help="set by DeepSpeed's launcher")
+    parser.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's launcher")
+    parser.add_argument(
+        "--deepspeed_config", default=None, metavar="FILE", help="a DeepSpeed JSON file, as of ds_configs/"
+    )
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("train", help="train a mixture from a recipe (one process)")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that needs no model, then train.
+
+    The heavy libraries are imported after the recipe is found good.
+    """
+    loaded = load_recipe(args.config, args.overrides)
+    loaded, warnings = merge_ds_config(loaded, args.deepspeed_config)
+    check_recipe(loaded, args.deepspeed_config)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings:
+            print(f"dsmixer: {warning}", file=sys.stderr, flush=True)
+    from dsmixer.training.progress import quiet_libraries
+
+    quiet_libraries()
+    return _train(args, loaded)
+
+
+def _train(args: argparse.Namespace, loaded: Any) -> int:
+    from dsmixer.training.run import RunRequest, train
+    from dsmixer.training.stage_run import Stopped
+
+    stages = (1, 2) if args.stages == "both" else (int(args.stages),)
+    try:
+        train(RunRequest(loaded, stages, args.deepspeed_config))
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dsmixer: {stopped}; run the same command again to go on", file=sys.stderr, flush=True)
+        return STOPPED
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``launch/train.py``."""
+    from dsmixer.cli.main import guarded
+
+    parser = argparse.ArgumentParser(prog="launch/train.py", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    args = parser.parse_intermixed_args(arguments)
+    return guarded(lambda: run(args))

@@ -1,0 +1,139 @@
+"""A run's data: domains, the routers' share of them, tokens, and the order of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dsmixer.config.errors import UserError
+from dsmixer.config.schema import Recipe
+from dsmixer.config.stages import StageConfig
+from dsmixer.data.collate import MicroBatch, StepBatch, step_batch
+from dsmixer.data.domains import Domain, domain_ids, load_domains
+from dsmixer.data.encode import pad_token_id
+from dsmixer.data.holdout import hold_out_router_examples
+from dsmixer.data.records import Example
+from dsmixer.data.sampler import StepSampler
+from dsmixer.data.store import TokenStore
+from dsmixer.data.tokenize import tokenize_examples
+from dsmixer.training.world import World
+
+EXAMPLES_NAMED = 4
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The domains of a run, and the examples kept from stage one for the routers."""
+
+    domains: list[Domain]
+    router_examples: list[Example]
+
+    @property
+    def domain_names(self) -> list[str]:
+        return [domain.name for domain in self.domains]
+
+    def expert_names(self, recipe: Recipe) -> list[str]:
+        """The pool: the recipe's experts, or one a domain in order of first appearance."""
+        if recipe.mixer.experts is not None:
+            return [spec.name for spec in recipe.mixer.experts]
+        return list(dict.fromkeys(domain.expert for domain in self.domains))
+
+    def expert_of_domain(self, experts: Sequence[str]) -> list[int]:
+        """Index of the expert that serves each domain, -1 where the pool has none."""
+        return [experts.index(d.expert) if d.expert in experts else -1 for d in self.domains]
+
+
+def load_run_data(recipe: Recipe, quarantine: Path | None) -> RunData:
+    """Read the domains; where stage two is on, keep its share from stage one."""
+    domains = load_domains(recipe.data, seed=recipe.run.seed, quarantine=quarantine)
+    if not recipe.stage2.enabled:
+        return RunData(domains, [])
+    domains, router_examples = hold_out_router_examples(domains, recipe.stage2.data, recipe.run.seed)
+    return RunData(domains, router_examples)
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The tokens of a stage and the order of its steps."""
+
+    store: TokenStore
+    sampler: StepSampler
+    domains: tuple[str, ...]
+    world: World
+    micro_batch_size: int
+    pad_token_id: int
+
+    def batch(self, step: int) -> StepBatch:
+        """This rank's share of a step."""
+        return step_batch(
+            self.sampler,
+            self.store,
+            step,
+            world_rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch_size=self.micro_batch_size,
+            pad_token_id=self.pad_token_id,
+        )
+
+    def describe(self, micro: MicroBatch) -> str:
+        """Domains and places of a micro-batch's examples, for messages."""
+        examples = [i for i in micro.example_ids.unique().tolist() if i >= 0]
+        named = [f"{self.domains[self.store.domain_ids[i]]} {self.store.locations[i]}" for i in examples]
+        more = len(named) - EXAMPLES_NAMED
+        return ", ".join(named[:EXAMPLES_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def stage_data(
+    recipe: Recipe,
+    stage: StageConfig,
+    examples: list[Example],
+    domains: list[Domain],
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    accumulation: int,
+    *,
+    weighted: bool,
+) -> StageData:
+    """Tokenise a stage's examples and fix the order of its steps.
+
+    Args:
+        recipe: the run's.
+        stage: the stage's section.
+        examples: to train on.
+        domains: their domains, in order.
+        tokenizer: the base's.
+        world: the ranks that share a step.
+        accumulation: micro-batches a step and rank.
+        weighted: whether the domains' weights count.
+    """
+    if not examples:
+        raise UserError("no example to train on", where="data.domains", fix="raise max_train, or add data")
+    names = [domain.name for domain in domains]
+    weights = [domain.weight if weighted else 1.0 for domain in domains]
+    if not weighted:
+        weights.append(1.0)  # examples of no domain, from a source of the routers' own
+    cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else None
+    store = tokenize_examples(
+        examples,
+        domain_ids(examples, names),
+        tokenizer,
+        max_length=recipe.data.max_length,
+        loss=recipe.data.loss,
+        cache_dir=cache,
+    )
+    sampler = StepSampler(
+        store,
+        weights=weights,
+        max_length=recipe.data.max_length,
+        packing=recipe.data.packing,
+        global_batch_size=stage.micro_batch_size * accumulation * world.size,
+        epochs=stage.epochs,
+        max_steps=stage.max_steps,
+        seed=recipe.run.seed,
+    )
+    return StageData(
+        store, sampler, (*names, "router data"), world, stage.micro_batch_size, pad_token_id(tokenizer)
+    )

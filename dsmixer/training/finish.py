@@ -1,0 +1,77 @@
+"""After the last stage: publish the mixture, evaluate it, write the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsmixer.adapters.mixture_folder import save_mixture
+from dsmixer.evaluation.methods import evaluate_mixture
+from dsmixer.evaluation.table import print_evaluation, write_evaluation
+from dsmixer.model.load import LoadedBase
+from dsmixer.report.page import build_report
+from dsmixer.training.engine import StageEngine
+from dsmixer.training.progress import console
+from dsmixer.training.saving import whole_weights
+from dsmixer.training.stage_run import RunState
+from dsmixer.training.world import once
+
+Tensors = dict[str, torch.Tensor]
+
+
+def finish_run(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
+    """Publish, evaluate on the live engine, and write the report last: a run with a report is finished.
+
+    Every rank calls it; rank 0 writes.
+    """
+    weights = whole_weights(state.mixture)
+    facts = _facts(state)
+    _publish(state, base, weights, facts)
+    if state.loaded.recipe.evaluation.enabled and any(domain.test for domain in state.data.domains):
+        result = _evaluate(state, base, engine)
+        _publish(state, base, weights, {**facts, "evaluation": result})
+    report = once(state.world, lambda: str(build_report(state.folder.path)))
+    state.say(f"mixture: {state.folder.mixture}\nreport:  {report}")
+
+
+def _publish(state: RunState, base: LoadedBase, weights: Tensors, facts: dict[str, Any]) -> None:
+    recipe = state.loaded.recipe
+
+    def save() -> None:
+        save_mixture(
+            state.mixture,
+            state.folder.mixture,
+            tokenizer=base.tokenizer,
+            base=recipe.base.model,
+            revision=recipe.base.revision,
+            state=weights,
+            facts=facts,
+        )
+
+    once(state.world, save)
+
+
+def _facts(state: RunState) -> dict[str, Any]:
+    domains = [
+        {"name": d.name, "expert": d.expert, "train": len(d.train), "test": len(d.test)}
+        for d in state.data.domains
+    ]
+    return {"domains": domains}
+
+
+def _evaluate(state: RunState, base: LoadedBase, engine: StageEngine) -> dict[str, Any]:
+    recipe = state.loaded.recipe
+    state.say("evaluating on the test data")
+    result = evaluate_mixture(
+        engine.engine,
+        base.tokenizer,
+        state.data.domains,
+        recipe.evaluation,
+        max_length=recipe.data.max_length,
+        seed=recipe.run.seed,
+    )
+    once(state.world, lambda: write_evaluation(state.folder.path, result))
+    if state.world.rank == 0:
+        print_evaluation(result, console())
+    return result

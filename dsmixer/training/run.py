@@ -1,0 +1,251 @@
+"""A whole run: data, base, mixers, stage one, stage two, the published mixture, its evaluation and report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dsmixer.adapters.importing import Pool, fill_experts, read_pool
+from dsmixer.config.batch import check_world
+from dsmixer.config.ds_json import resolved_zero_stage
+from dsmixer.config.errors import UserError
+from dsmixer.config.recipe import LoadedRecipe
+from dsmixer.config.schema import Recipe
+from dsmixer.data.records import Example
+from dsmixer.model.count import WeightCounts, count_weights
+from dsmixer.model.inject import Mixture, attach_mixers
+from dsmixer.model.load import LoadedBase, load_base
+from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.placement.plan import ModelSize, make_plan
+from dsmixer.training.data import RunData, StageData, load_run_data, stage_data
+from dsmixer.training.engine import StageEngine
+from dsmixer.training.finish import finish_run
+from dsmixer.training.health import StopRequest
+from dsmixer.training.run_folder import RunFolder, claim_run_folder, write_json
+from dsmixer.training.saving import load_weights
+from dsmixer.training.stage_run import RunState, run_stage, trainable
+from dsmixer.training.world import World, gather_objects, join_world, once
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the command line asked for.
+
+    Attributes:
+        loaded: the checked recipe, DeepSpeed file merged in.
+        stages: the stages to run now, of those that the recipe enables.
+        ds_path: a DeepSpeed JSON file from the command line.
+    """
+
+    loaded: LoadedRecipe
+    stages: tuple[int, ...] = (1, 2)
+    ds_path: str | None = None
+
+
+def train(request: RunRequest) -> None:
+    """Do what is left of a run; does nothing where all is done.
+
+    Raises:
+        UserError: a mistake in what the user gave.
+        Stopped: a signal came; the run has saved and can be taken up again.
+        NonFiniteError: a loss or gradient was not finite.
+    """
+    recipe = request.loaded.recipe
+    world = join_world(max(recipe.health.hang_timeout, 60.0))
+    accumulation = check_world(request.loaded, world.size)
+    folder = once(world, lambda: claim_run_folder(request.loaded))
+    if folder.finished():
+        _say(world, f"{folder.path} is finished; its report is {folder.report}")
+        return
+    stop_request = StopRequest()
+    with stop_request.listening():
+        state, base = _set_up(request, world, folder, stop_request)
+        engine = None
+        for number in _stages_of(request):
+            if engine is not None:
+                engine.release()
+            engine = _one_stage(state, base, number, accumulation[f"stage{number}"])
+        if _left_for_later(request):
+            _say(world, f"stage {_left_for_later(request)} is left for another call of the same command")
+            return
+        assert engine is not None
+        finish_run(state, base, engine)
+
+
+def _say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def _enabled(recipe: Recipe) -> list[int]:
+    return [n for n, stage in ((1, recipe.stage1), (2, recipe.stage2)) if stage.enabled]
+
+
+def _stages_of(request: RunRequest) -> list[int]:
+    chosen = [number for number in _enabled(request.loaded.recipe) if number in request.stages]
+    if not chosen:
+        raise UserError(
+            f"the recipe enables no stage of {', '.join(map(str, request.stages))}",
+            where="--stages",
+            fix="enable the stage in the recipe, or choose another",
+        )
+    return chosen
+
+
+def _left_for_later(request: RunRequest) -> int | None:
+    """An enabled stage after those of this call."""
+    later = [n for n in _enabled(request.loaded.recipe) if n > max(_stages_of(request))]
+    return later[0] if later else None
+
+
+def _set_up(
+    request: RunRequest, world: World, folder: RunFolder, stop_request: StopRequest
+) -> tuple[RunState, LoadedBase]:
+    """Data, base model with mixers, and the plan."""
+    recipe = request.loaded.recipe
+    began = time.perf_counter()
+    data = load_run_data(recipe, folder.quarantine if world.rank == 0 else None)
+    pool = _read_pool(recipe)
+    zero_stage = resolved_zero_stage(recipe)
+    base = load_base(recipe.base, packing=recipe.data.packing, zero3=zero_stage == 3)
+    if zero_stage != 3:
+        base.model.to(world.device)  # type: ignore[arg-type]
+    mixture = attach_mixers(base.model, mixer_config(recipe, data.expert_names(recipe), pool))
+    if pool is not None:
+        fill_experts(mixture, pool)
+    _check_same_data(world, data)
+    counts = count_weights(mixture)
+    once(world, lambda: _write_plan(recipe, folder, mixture, counts, zero_stage, world))
+    _announce(world, data, mixture, counts, zero_stage, time.perf_counter() - began)
+    state = RunState(request.loaded, folder, world, mixture, data, stop_request, request.ds_path)
+    return state, base
+
+
+def _read_pool(recipe: Recipe) -> Pool | None:
+    """The ready-made adapters that the recipe names as experts."""
+    specs = recipe.mixer.experts or ()
+    folders = {spec.name: spec.path for spec in specs if spec.path is not None}
+    return read_pool(folders) if folders else None
+
+
+def mixer_config(recipe: Recipe, experts: Sequence[str], pool: Pool | None) -> MixerConfig:
+    """The mixture that a recipe describes.
+
+    Args:
+        recipe: the run's.
+        experts: names of the pool, in order.
+        pool: ready-made adapters among them, whose ranks and alphas are their own.
+    """
+    mixer, stage2 = recipe.mixer, recipe.stage2
+    specs = mixer.experts or ()
+    ranks = {spec.name: spec.rank for spec in specs if spec.rank is not None}
+    alphas = {spec.name: spec.alpha for spec in specs if spec.alpha is not None}
+    if pool is not None:
+        ranks, alphas = {**ranks, **pool.ranks}, {**alphas, **pool.alphas}
+    return MixerConfig(
+        targets=mixer.targets,
+        experts=experts,
+        rank=mixer.rank,
+        alpha=mixer.alpha,
+        ranks=ranks,
+        alphas=alphas,
+        dropout=mixer.dropout,
+        rslora=pool.rslora if pool is not None else mixer.rslora,
+        router=mixer.router,
+        router_std=mixer.router_std,
+        compute=mixer.compute,
+        routing=stage2.routing,
+        top_k=min(stage2.top_k, len(experts)),
+        renormalize=stage2.renormalize,
+        top_p=stage2.top_p,
+        seed=recipe.run.seed,
+    )
+
+
+def _check_same_data(world: World, data: RunData) -> None:
+    """Every rank must have read the same examples: their order decides who trains on what."""
+    own = [(d.name, len(d.train), len(d.test)) for d in data.domains]
+    if any(other != own for other in gather_objects(world, own)):
+        raise UserError(
+            "the ranks have read different data",
+            where="data.domains",
+            fix="give every node the same files, or put them on a shared file system",
+        )
+
+
+def _write_plan(
+    recipe: Recipe,
+    folder: RunFolder,
+    mixture: Mixture,
+    counts: WeightCounts,
+    zero_stage: int,
+    world: World,
+) -> None:
+    base_bytes = torch.finfo(getattr(torch, recipe.base.dtype)).bits // 8
+    trained = {}
+    for number in _enabled(recipe):
+        stage = recipe.stage1 if number == 1 else recipe.stage2
+        names = [name for name, _ in trainable(mixture, stage)]
+        routers = counts.routers if any(name.endswith("router.weight") for name in names) else 0
+        experts = counts.experts if any(".bank." in name for name in names) else 0
+        trained[f"stage{number}"] = routers + experts
+    size = ModelSize(counts.base, counts.experts, counts.routers, base_bytes)
+    plan = make_plan(
+        size, mode=recipe.placement.mode, zero_stage=zero_stage, world_size=world.size, trained=trained
+    )
+    write_json(folder.plan, plan.to_dict())
+
+
+def _announce(
+    world: World, data: RunData, mixture: Mixture, counts: WeightCounts, zero_stage: int, seconds: float
+) -> None:
+    total = counts.base + counts.experts + counts.routers
+    examples = sum(len(domain.train) for domain in data.domains)
+    _say(
+        world,
+        f"{len(data.domains)} domains with {examples:,} train examples ({len(data.router_examples):,} more "
+        f"kept for the routers); {len(mixture.expert_names)} experts on {len(mixture.mixers)} projections: "
+        f"{counts.experts:,} expert and {counts.routers:,} router weights beside {counts.base:,} of the "
+        f"base ({100 * (counts.experts + counts.routers) / total:.3f} % of all); ZeRO {zero_stage} on "
+        f"{world.size} rank{'s' * (world.size > 1)} ({world.device.type}); ready after {seconds:.0f} s",
+    )
+
+
+def _one_stage(state: RunState, base: LoadedBase, number: int, accumulation: int) -> StageEngine:
+    recipe = state.loaded.recipe
+    if number == 2:
+        _take_stage_one(state)
+    domains = state.data.domains
+    examples: list[Example] = state.data.router_examples
+    if number == 1:
+        examples = [example for domain in domains for example in domain.train]
+    stage = state.loaded.stage(f"stage{number}")
+    data: StageData = stage_data(
+        recipe,
+        stage,
+        examples,
+        domains,
+        base.tokenizer,
+        state.world,
+        accumulation,
+        weighted=number == 1,
+    )
+    return run_stage(state, number, data)
+
+
+def _take_stage_one(state: RunState) -> None:
+    """The experts that stage one made, where this process has not just trained them itself."""
+    if not state.loaded.recipe.stage1.enabled:
+        return
+    checkpoint = state.find_checkpoint(1)
+    if checkpoint is None or not checkpoint.state.finished:
+        raise UserError(
+            "stage one of this run is not finished",
+            where=str(state.folder.checkpoints(1)),
+            fix="run the same command with --stages 1 or without --stages first",
+        )
+    if not hasattr(next(state.mixture.expert_parameters())[1], "ds_id"):
+        load_weights(state.mixture, checkpoint.group("weights"))

@@ -1,0 +1,166 @@
+"""TensorBoard: the figures of ``metrics.jsonl`` as scalars, and heat maps of where tokens went.
+
+Shapes: M routers, G domains, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsmixer.report.limits import evenly, largest, shown, with_remarks
+from dsmixer.routing.statistics import RoutingStatistics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from dsmixer.report.plots import HeatMap
+
+Drawing = tuple[str, "HeatMap"]
+
+
+class TensorBoardLog:
+    """Scalars under ``stage1/`` and ``stage2/``, and heat maps of expert load by domain and by router.
+
+    Each stage has a folder of its own, because steps count from 1 in each and a resumed run makes TensorBoard
+    forget what comes after the restored step. Only rank 0 writes; on other ranks every method does nothing.
+
+    Args:
+        folder: ``runs/NAME/tensorboard``.
+        world_rank: of this process.
+        expert_names, domain_names, router_names: E, G and M names.
+        heat_maps_every: logged steps from one pair of heat maps to the next.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        world_rank: int,
+        expert_names: Sequence[str],
+        domain_names: Sequence[str] = (),
+        router_names: Sequence[str] = (),
+        heat_maps_every: int = 100,
+    ) -> None:
+        self.folder = folder
+        self.expert_names, self.domain_names = list(expert_names), list(domain_names)
+        self.router_names = list(router_names)
+        self.heat_maps_every = heat_maps_every
+        self._enabled = world_rank == 0
+        self._writers: dict[int, SummaryWriter] = {}
+        self._num_logged: dict[int, int] = {}
+
+    def write(
+        self,
+        stage: int,
+        step: int,
+        values: Mapping[str, object],
+        statistics: RoutingStatistics | None = None,
+        *,
+        last: bool = False,
+    ) -> None:
+        """One logged step.
+
+        Args:
+            stage: 1 or 2.
+            step: from 1 in each stage.
+            values: the row of ``metrics.jsonl``; what is not a finite number is left out.
+            statistics: of the step, reduced over ranks; drawn every ``heat_maps_every`` calls.
+            last: whether this is the stage's last step, whose statistics are drawn in any case.
+        """
+        if not self._enabled:
+            return
+        writer = self._writer(stage, step)
+        for key, value in values.items():
+            if key not in ("stage", "step") and isinstance(value, int | float) and math.isfinite(value):
+                writer.add_scalar(f"stage{stage}/{key}", value, step)
+        self._num_logged[stage] = self._num_logged.get(stage, 0) + 1
+        due = last or self._num_logged[stage] % self.heat_maps_every == 0
+        if statistics is not None and due and bool((statistics.tokens_M > 0).any()):
+            self._draw(writer, stage, step, statistics)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def __enter__(self) -> TensorBoardLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _writer(self, stage: int, step: int) -> SummaryWriter:
+        if stage not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+            writer = SummaryWriter(str(self.folder / f"stage{stage}"), purge_step=step, flush_secs=10)
+            tags = [f"stage{stage}/routing_entropy$", f"stage{stage}/entropy_limit$"]
+            writer.add_custom_scalars({"routers": {"token entropy beside ln E": ["Multiline", tags]}})
+            self._writers[stage] = writer
+        return self._writers[stage]
+
+    def _draw(self, writer: SummaryWriter, stage: int, step: int, statistics: RoutingStatistics) -> None:
+        from dsmixer.report.plots import as_pixels, heat_figure
+
+        drawings = {"load_by_router": load_by_router(statistics, self.expert_names, self.router_names)}
+        if statistics.num_domains and float(statistics.domain_MGE.sum()) > 0:
+            drawings["load_by_domain"] = load_by_domain(statistics, self.expert_names, self.domain_names)
+        for name, (title, heat_map) in drawings.items():
+            pixels = as_pixels(heat_figure(heat_map, title=title))
+            writer.add_image(f"stage{stage}/{name}", pixels, step, dataformats="HWC")
+
+
+def load_by_domain(
+    statistics: RoutingStatistics, expert_names: Sequence[str], domain_names: Sequence[str]
+) -> Drawing:
+    """Title and heat map ``[G, E]``: share of a domain's tokens, over routers, that an expert is first for.
+
+    At most 64 of each are shown, the domains and experts with the most tokens; the title says so.
+    """
+    from dsmixer.report.plots import HeatMap
+
+    counts_GE = statistics.domain_MGE.double().sum(0).cpu().numpy()
+    domains, experts = largest(counts_GE.sum(1)), largest(counts_GE.sum(0))
+    totals_G1 = counts_GE.sum(1, keepdims=True)
+    share_GE = np.divide(counts_GE, totals_G1, out=np.full(counts_GE.shape, np.nan), where=totals_G1 > 0)
+    title = with_remarks(
+        "First expert of a token, by domain",
+        shown("domains", "largest", len(domains), len(counts_GE)),
+        shown("experts", "largest", len(experts), counts_GE.shape[1]),
+    )
+    rows, columns = [domain_names[index] for index in domains], [expert_names[index] for index in experts]
+    values = share_GE[np.ix_(domains, experts)]
+    return title, HeatMap(values, rows, columns, 0, 1, "share of tokens", percent=True)
+
+
+def load_by_router(
+    statistics: RoutingStatistics, expert_names: Sequence[str], router_names: Sequence[str]
+) -> Drawing:
+    """Title and heat map ``[M, E]`` of ``E f``, 1 where the load is even.
+
+    At most 64 routers, evenly thinned, and the 64 experts with the largest load are shown; the title says so.
+    """
+    from dsmixer.report.plots import HeatMap
+
+    load_ME = (statistics.num_experts * statistics.usage("topk").double()).cpu().numpy()
+    load_ME[(statistics.tokens_M == 0).cpu().numpy()] = np.nan
+    routers, experts = evenly(len(load_ME)), largest(np.nanmean(load_ME, axis=0))
+    title = with_remarks(
+        "Load of the experts, by router",
+        shown("routers", "evenly picked", len(routers), len(load_ME)),
+        shown("experts", "largest", len(experts), load_ME.shape[1]),
+    )
+    values = load_ME[np.ix_(routers, experts)]
+    high = max(2.0, float(np.nanmax(values)))
+    rows = [router_names[index] for index in routers]
+    return title, HeatMap(
+        values, rows, [expert_names[index] for index in experts], 0, high, "load (1 = even)"
+    )

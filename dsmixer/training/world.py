@@ -1,0 +1,97 @@
+"""The processes of a run: which one this is, and doing a thing once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dsmixer.config.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """World rank and size, and the device of this rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def world_from_environment() -> tuple[int, int]:
+    """World rank and size as the launcher has set them; one process without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_world(timeout_seconds: float) -> World:
+    """Initialise torch.distributed through DeepSpeed: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    rank, size = world_from_environment()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not on_cpu:
+        accelerator.set_device(local_rank)
+    if not dist.is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of an op it has built
+            deepspeed.init_distributed(
+                dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+                timeout=timedelta(seconds=timeout_seconds),
+                verbose=False,
+            )
+    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
+    return World(rank, size, device)
+
+
+def once(world: World, work: Callable[[], Result]) -> Result:
+    """Run ``work`` on rank 0 and give its result to every rank; its ``UserError`` too, so that none waits.
+
+    The result travels pickled between the processes of this run; keep it small.
+    """
+    outcome: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = (error.problem, error.where, error.fix)
+        except OSError as error:
+            outcome[1] = (f"{error.strerror or error}", str(error.filename or ""), _space_fix(error))
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        problem, where, fix = outcome[1]
+        raise UserError(problem, where=where, fix=fix)
+    result: Result = outcome[0]
+    return result
+
+
+def _space_fix(error: OSError) -> str:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space there, or set run.dir to a folder on another disk, and run again"
+    return "make the folder writable, or set run.dir to another one, and run again"
+
+
+def gather_objects(world: World, value: Result) -> list[Result]:
+    """One small object of every rank, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
