@@ -1,0 +1,1 @@
+"""Experts on disk: PEFT adapter folders in and out, and the mixture folder that holds them."""

@@ -1,0 +1,297 @@
+"""The mixture folder: saving a mixture as files that PEFT can read too, and loading it.
+
+mixer_config.json        what was attached, and to which base
+routers.safetensors      one matrix a router, ``PATH.weight``, PATH the projection that owns it
+experts/NAME/            each a plain PEFT LoRA adapter
+README.md                the model card
+tokenizer files          where a tokenizer was given
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from dsmixer import __version__
+from dsmixer.adapters.card import model_card
+from dsmixer.adapters.importing import Pool, check_expert_name, fill_experts
+from dsmixer.adapters.module_names import base_module_names, shortest_names
+from dsmixer.adapters.peft_format import check_savable, read_adapter, read_safetensors, write_adapter
+from dsmixer.adapters.publish import published
+from dsmixer.config.errors import UserError
+from dsmixer.model.inject import Mixture, attach_mixers
+from dsmixer.model.mixer_config import MixerConfig
+
+CONFIG_FILE = "mixer_config.json"
+ROUTERS_FILE = "routers.safetensors"
+EXPERTS_FOLDER = "experts"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def is_mixture_folder(folder: str | Path) -> bool:
+    """Whether the folder says that it is a mixture."""
+    return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def save_mixture(
+    mixture: Mixture,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    state: Tensors | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a mixture folder; one process alone calls this.
+
+    Args:
+        mixture: what ``attach_mixers`` gave.
+        folder: appears whole or not at all; a mixture that is there already is replaced, nothing else is.
+        tokenizer: saved along.
+        base: id or path of the base model; None: the one it was loaded from.
+        revision: of the base model on the hub.
+        state: full tensors by parameter name, as ``Mixture.expert_parameters`` and ``router_parameters``
+            name them, where the live parameters are partitioned; None: the live ones.
+        facts: more for the model card, see ``card.model_card``.
+
+    Raises:
+        UserError: the folder is something else, the disk refuses, or a weight is empty or not finite.
+    """
+    folder = Path(folder)
+    for name in mixture.expert_names:
+        check_expert_name(name)
+    parameters = [*mixture.expert_parameters(), *mixture.router_parameters()]
+    full = {name: (parameter if state is None else state[name]).detach() for name, parameter in parameters}
+    for name, tensor in full.items():
+        check_savable(name, tensor)
+    base = base or getattr(getattr(mixture.model, "config", None), "_name_or_path", None) or None
+    description = _description(mixture, base, revision)
+    with published(folder, may_replace=is_mixture_folder) as part:
+        for index in range(len(mixture.expert_names)):
+            _write_expert(part, mixture, full, index, base, revision)
+        routers = {
+            f"{path}.weight": full[f"{path}.router.weight"].to("cpu", torch.float32).contiguous()
+            for path in mixture.routers
+        }
+        save_file(routers, part / ROUTERS_FILE, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        (part / CARD_FILE).write_text(model_card(_card_facts(mixture, description, facts)), encoding="utf-8")
+        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+        (part / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _description(mixture: Mixture, base: str | None, revision: str | None) -> dict[str, Any]:
+    mixer = next(iter(mixture.mixers.values()))
+    # a quantised weight is stored as integers; its products run in bfloat16
+    dtypes = (p.dtype for p in mixer.base.parameters() if p.is_floating_point())
+    dtype = next(dtypes, torch.bfloat16)
+    return {
+        "format_version": FORMAT_VERSION,
+        "dsmixer_version": __version__,
+        "base": {
+            "model": base,
+            "revision": revision,
+            "model_type": getattr(getattr(mixture.model, "config", None), "model_type", None),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "mixer": mixture.config.to_dict(),
+    }
+
+
+def _card_facts(
+    mixture: Mixture, description: Mapping[str, Any], facts: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    config = mixture.config
+    experts = [
+        {"name": name, "rank": rank, "alpha": alpha}
+        for name, rank, alpha in zip(config.experts, config.rank_list, config.alpha_list, strict=True)
+    ]
+    routing = config.default_routing()
+    return {
+        "base": description["base"]["model"],
+        "dsmixer_version": __version__,
+        "targets": config.targets,
+        "routing": f"{routing.mode}, K={routing.top_k}"
+        if routing.mode in ("topk", "hard_soft")
+        else routing.mode,
+        "experts": experts,
+        **(facts or {}),
+    }
+
+
+def _write_expert(
+    part: Path, mixture: Mixture, full: Tensors, index: int, base: str | None, revision: str | None
+) -> None:
+    matrices, conv1d = {}, []
+    rank = mixture.config.rank_list[index]
+    for path, mixer in mixture.mixers.items():
+        a_RD = full[f"{path}.bank.lora_A"][index, :rank]
+        matrices[path] = (a_RD, full[f"{path}.bank.lora_B"][index, :rank].T)
+        conv1d.append(isinstance(mixer.base, Conv1D))
+    encoder_decoder = bool(getattr(getattr(mixture.model, "config", None), "is_encoder_decoder", False))
+    write_adapter(
+        part / EXPERTS_FOLDER / mixture.expert_names[index],
+        matrices,
+        rank=rank,
+        alpha=mixture.config.alpha_list[index],
+        targets=shortest_names(matrices.keys(), base_module_names(mixture.model)),
+        rslora=mixture.config.rslora,
+        dropout=mixture.config.dropout,
+        fan_in_fan_out=all(conv1d),
+        base=base,
+        revision=revision,
+        task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+    )
+
+
+def read_description(folder: str | Path) -> tuple[dict[str, Any], MixerConfig]:
+    """The folder's ``mixer_config.json``: what it says of the base, and the mixers.
+
+    Raises:
+        UserError: the folder is no mixture, is of a later format, or names what can't be.
+    """
+    folder, path = Path(folder), Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        problem = f"the folder has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
+        raise UserError(problem, where=str(folder), fix="give the folder of a mixture, runs/NAME/mixture")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version, base, mixer = values["format_version"], values["base"], values["mixer"]
+        config = MixerConfig.from_dict(mixer)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"is no description of a mixture ({type(error).__name__}: {error})"
+        raise UserError(problem, where=str(path), fix="copy or save the mixture again") from error
+    if version != FORMAT_VERSION:
+        problem = f"format {version!r}, and this dsmixer reads {FORMAT_VERSION}"
+        raise UserError(
+            problem, where=str(path), fix="use the version of dsmixer that wrote it, or a later one"
+        )
+    for name in config.experts:
+        check_expert_name(name)
+    return dict(base), config
+
+
+def load_mixture(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a mixture on its base, ready for transformers' ``generate``.
+
+    Args:
+        folder: a mixture folder.
+        base: id or path of the base model; None: the one the folder names. A relative path that is not
+            found from the working directory is looked for from the folder.
+        dtype: of the base; None: as in training.
+        device: where the model goes; None: the CPU.
+        attention: transformers' attention implementation; None: its own choice.
+
+    Returns:
+        the model, in evaluation mode, routed by its routers; and the tokenizer, or None if neither the folder
+        nor the base has one.
+
+    Raises:
+        UserError: folder or base can't be read, or do not fit each other.
+    """
+    folder = Path(folder)
+    about, config = read_description(folder)
+    adapters = {name: read_adapter(folder / EXPERTS_FOLDER / name) for name in config.experts}
+    routers = read_safetensors(folder / ROUTERS_FILE)
+    source, revision = _base_source(folder, about, base)
+    model = _load_base(source, revision, dtype or about.get("dtype"), attention)
+    _check_model_type(model, about, folder)
+    mixture = attach_mixers(model, config)
+    fill_experts(mixture, Pool(adapters, config.rslora))
+    _fill_routers(mixture, routers, folder / ROUTERS_FILE)
+    tokenizer = _load_tokenizer(folder, source, revision)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None and tokenizer is not None:
+        pad = tokenizer.pad_token_id
+        generation.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.to(device).eval() if device is not None else model.eval(), tokenizer
+
+
+def _base_source(folder: Path, about: Mapping[str, Any], base: str | Path | None) -> tuple[str, str | None]:
+    """Where the base is, and its revision."""
+    if base is not None:
+        return str(base), None
+    named = about.get("model")
+    if not isinstance(named, str) or not named:
+        problem = "it does not say which base model it belongs to"
+        raise UserError(problem, where=str(folder / CONFIG_FILE), fix="give the base model's id or path")
+    beside = folder / named
+    if not Path(named).exists() and beside.is_dir():
+        return str(beside), None
+    return named, about.get("revision")
+
+
+def _load_base(source: str, revision: str | None, dtype: Any, attention: str | None) -> Any:
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"unknown dtype {dtype!r}", fix="use bfloat16 or float32")
+        dtype = getattr(torch, dtype)
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=dtype or "auto", trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the base model can't be loaded: {str(error).splitlines()[0]}",
+            where=source,
+            fix="give the base model's id or path (base=, or --base-model)",
+        ) from error
+
+
+def _check_model_type(model: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
+    found, wanted = getattr(model.config, "model_type", None), about.get("model_type")
+    if wanted is not None and found != wanted:
+        problem = f"the base is a {found} model, and the mixture was made on a {wanted}"
+        raise UserError(problem, where=str(folder / CONFIG_FILE), fix="give the mixture's own base")
+
+
+@torch.no_grad()
+def _fill_routers(mixture: Mixture, tensors: Tensors, path: Path) -> None:
+    wanted = {f"{owner}.weight": router for owner, router in mixture.routers.items()}
+    if set(wanted) != set(tensors):
+        odd = sorted(set(wanted) ^ set(tensors))[:3]
+        problem = f"its routers are not those of {CONFIG_FILE}: {', '.join(odd)}"
+        raise UserError(problem, where=str(path), fix="copy the whole mixture again")
+    for key, router in wanted.items():
+        if tensors[key].shape != router.weight.shape:
+            problem = f"{key} is {list(tensors[key].shape)}, expected {list(router.weight.shape)}"
+            raise UserError(problem, where=str(path), fix="use the base model that the mixture was made on")
+        router.weight.copy_(tensors[key])
+
+
+def _load_tokenizer(folder: Path, source: str, revision: str | None) -> Any:
+    if (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if Path(source).is_dir() and not any(Path(source).glob("*token*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        problem = f"the tokenizer can't be loaded: {str(error).splitlines()[0]}"
+        raise UserError(problem, where=source, fix="save the mixture with its tokenizer") from error

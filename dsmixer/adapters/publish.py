@@ -1,0 +1,70 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dsmixer.config.errors import UserError
+
+
+@contextmanager
+def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """Write into a sibling of ``folder``, which takes its name at the end.
+
+    One process writes a folder at a time. After a kill the old content is whole, under its own name or, in
+    the instant between two renames, as ``.NAME.previous``.
+
+    Args:
+        folder: the final name.
+        may_replace: whether what is there under this name already may go.
+
+    Raises:
+        UserError: something else is there, or the disk refuses the writing.
+    """
+    if folder.is_symlink() or (folder.exists() and not _is_free(folder) and not may_replace(folder)):
+        raise UserError("something else is there already", where=str(folder), fix="choose another folder")
+    part = folder.with_name(f".{folder.name}.part")
+    previous = folder.with_name(f".{folder.name}.previous")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield part
+        _flush(part)
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        part.rename(folder)
+        _flush_directory(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        fix = "free space, or choose another folder"
+        raise UserError(f"cannot be written: {error}", where=str(folder), fix=fix) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_free(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _flush(folder: Path) -> None:
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            with open(Path(directory) / name, "rb") as file:
+                os.fsync(file.fileno())
+        _flush_directory(Path(directory))
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

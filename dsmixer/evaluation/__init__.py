@@ -1,0 +1,1 @@
+"""What the base, each expert, the uniform and the trained mixture reach on held-out examples."""

@@ -1,0 +1,198 @@
+"""The methods that are compared, and the whole evaluation of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from dsmixer.data.domains import Domain
+from dsmixer.data.encode import pad_token_id
+from dsmixer.evaluation.generation import exact_match_rows, match_rows
+from dsmixer.evaluation.routing_analysis import RoutingCounts, recorder, routing_report
+from dsmixer.evaluation.scoring import Row, domain_rows, majority_rows, score_rows
+from dsmixer.evaluation.sharing import device_of, unwrapped, world
+from dsmixer.evaluation.sheet import Sheet, make_sheet
+from dsmixer.model.inject import Mixture, mixture_of, route_by, route_to
+from dsmixer.routing.modes import Routing
+
+MAX_FULL_MATRIX = 16  # experts up to which each is scored on every domain
+
+# (method, passes done, passes in all)
+Progress = Callable[[str, int, int], None]
+
+
+class EvaluationSettings(Protocol):
+    """What ``EvaluationConfig`` of a recipe has, and all that is needed of it."""
+
+    @property
+    def max_examples(self) -> int | None: ...
+    @property
+    def generate_max_new_tokens(self) -> int: ...
+    @property
+    def exact_match(self) -> bool: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to answer.
+
+    Attributes:
+        name: ``base``, ``expert:NAME``, ``uniform`` or ``mixture``.
+        domains: indices of the domains it is scored on.
+    """
+
+    name: str
+    domains: tuple[int, ...]
+
+
+def methods_of(mixture: Mixture, sheet: Sheet) -> list[Method]:
+    """Base, experts, uniform and trained mixture; above 16 experts each one on its own domains only."""
+    everywhere = tuple(range(len(sheet.domains)))
+    found = [Method("base", everywhere)]
+    for expert in mixture.expert_names:
+        own = tuple(g for g in everywhere if sheet.own_experts[g] == expert)
+        domains = everywhere if len(mixture.expert_names) <= MAX_FULL_MATRIX else own
+        if domains:
+            found.append(Method(f"expert:{expert}", domains))
+    return [*found, Method("uniform", everywhere), Method("mixture", everywhere)]
+
+
+@contextmanager
+def routed_as(model: nn.Module, method: str) -> Iterator[None]:
+    """Route a model with mixers as a method says."""
+    if method == "base":
+        chosen = route_to(model, None)
+    elif method.startswith("expert:"):
+        chosen = route_to(model, method.removeprefix("expert:"))
+    elif method == "uniform":
+        chosen = route_by(model, Routing(mode="uniform"))
+    else:
+        assert method == "mixture", method
+        chosen = route_by(model, mixture_of(model).config.default_routing())
+    with chosen:
+        yield
+
+
+def evaluate_mixture(
+    model: nn.Module,
+    tokenizer: Any,
+    domains: Sequence[Domain],
+    settings: EvaluationSettings,
+    *,
+    max_length: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score a mixture and what it is compared with on the domains' test examples.
+
+    Every rank calls this; every rank gets the same result.
+
+    Args:
+        model: a transformers model with mixers, or the DeepSpeed engine around it.
+        tokenizer: the model's.
+        domains: those without test examples are left out.
+        settings: ``EvaluationConfig`` of a recipe.
+        max_length: longest row, in tokens, as in training.
+        seed: draws ``settings.max_examples``.
+        progress: told after each forward pass of this rank.
+
+    Returns:
+        ``rows``: domain, method, metric, value, num_examples; ``routing``: see ``routing_report``;
+        ``recovered``: by domain, (base - mixture) / (base - own expert) in loss, None where the own expert
+        is not better than the base; ``own_experts``: the expert of each domain.
+
+    Raises:
+        UserError: there is nothing to score, or an example can't be tokenised.
+    """
+    model = unwrapped(model)
+    mixture = mixture_of(model)
+    sheet = make_sheet(
+        domains, tokenizer, max_length=max_length, max_examples=settings.max_examples, seed=seed
+    )
+    counts = RoutingCounts(mixture, sheet.own_experts, device_of(model))
+    was_training = model.training
+    model.eval()
+    rows = majority_rows(sheet)
+    try:
+        for method in methods_of(mixture, sheet):
+            with routed_as(model, method.name):
+                around = recorder(mixture, sheet, counts) if method.name == "mixture" else None
+                rows += _method_rows(model, tokenizer, sheet, method, settings, around, progress)
+    finally:
+        model.train(was_training)
+    routing = routing_report(mixture, sheet, *counts.over_ranks(device_of(model)))
+    return {
+        "rows": rows,
+        "routing": routing,
+        "recovered": recovered(rows, sheet),
+        "own_experts": dict(zip(sheet.domains, sheet.own_experts, strict=True)),
+    }
+
+
+def _method_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    sheet: Sheet,
+    method: Method,
+    settings: EvaluationSettings,
+    around: Any,
+    progress: Progress | None,
+) -> list[Row]:
+    rows, free = sheet.rows(method.domains), sheet.free_rows(method.domains)
+    free = free if settings.exact_match else []
+    tick = _ticker(method.name, [rows, free], settings.batch_size, progress)
+    pad = pad_token_id(tokenizer)
+    scores = score_rows(
+        model,
+        sheet,
+        rows,
+        batch_size=settings.batch_size,
+        pad_token_id=pad,
+        end_token_id=tokenizer.eos_token_id,
+        around=around,
+        tick=tick,
+    )
+    found = domain_rows(sheet, scores, method.name, method.domains)
+    if not free:
+        return found
+    matched = match_rows(
+        model,
+        tokenizer,
+        sheet,
+        free,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.generate_max_new_tokens,
+        pad_token_id=pad,
+        tick=tick,
+    )
+    return found + exact_match_rows(sheet, matched, method.name, method.domains)
+
+
+def _ticker(
+    method: str, parts: Collection[Sequence[int]], batch_size: int, progress: Progress | None
+) -> Callable[[], None] | None:
+    if progress is None:
+        return None
+    per_pass = batch_size * world()[1]
+    total = sum(-(-len(part) // per_pass) for part in parts)
+    done = iter(range(1, total + 1))
+    return lambda: progress(method, next(done), total)
+
+
+def recovered(rows: Sequence[Row], sheet: Sheet) -> dict[str, float | None]:
+    """The share of the own expert's gain in loss that the mixture recovers without being told the domain."""
+    loss = {(r["domain"], r["method"]): float(r["value"]) for r in rows if r["metric"] == "loss"}  # type: ignore[arg-type]
+    shares: dict[str, float | None] = {}
+    for name, expert in zip(sheet.domains, sheet.own_experts, strict=True):
+        own = loss.get((name, f"expert:{expert}"))
+        if own is None:
+            continue
+        gain = loss[name, "base"] - own
+        shares[name] = (loss[name, "base"] - loss[name, "mixture"]) / gain if gain > 0 else None
+    return shares
