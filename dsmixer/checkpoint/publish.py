@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dsmixer.checkpoint.schema import MANIFEST, STATE, STEP_PATTERN, TENSORS, Checkpoint, step_name
@@ -31,13 +34,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     target = folder / step_name(checkpoint.state.step)
     building = folder / f"{SAVING}{target.name}"
     building.mkdir()
-    tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
-    save_file(tensors, building / TENSORS)
-    (building / STATE).write_text(json.dumps(checkpoint.state.to_dict(), indent=1))
-    entries = {name: _entry(building / name) for name in (TENSORS, STATE)}
-    (building / MANIFEST).write_text(json.dumps(entries, indent=1))
-    for name in (TENSORS, STATE, MANIFEST):
-        _flush(building / name)
+    try:
+        _write(building, checkpoint)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise as_os_error(error, folder) from error
     if target.exists():
         shutil.rmtree(target)
     os.rename(building, target)
@@ -45,6 +46,25 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def _write(building: Path, checkpoint: Checkpoint) -> None:
+    tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
+    save_file(tensors, building / TENSORS)
+    (building / STATE).write_text(json.dumps(checkpoint.state.to_dict(), indent=1))
+    entries = {name: _entry(building / name) for name in (TENSORS, STATE)}
+    (building / MANIFEST).write_text(json.dumps(entries, indent=1))
+    for name in (TENSORS, STATE, MANIFEST):
+        _flush(building / name)
+
+
+def as_os_error(error: OSError | SafetensorError, place: Path) -> OSError:
+    """The system's error behind one of safetensors, which keeps its number only in the text."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, str(place))
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(place))
 
 
 def clear_unfinished(folder: Path) -> None:

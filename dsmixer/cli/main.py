@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from dsmixer import __version__
-from dsmixer.config.errors import UserError
+from dsmixer.config.errors import UserError, from_os_error
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+PATIENCE = 30
+"""Seconds that a rank leaves to rank 0, which as a rule has found the same mistake and says so."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
-    from dsmixer.cli import evaluate, generate, report, schema, train
+    from dsmixer.cli import evaluate, generate, plan, report, schema, train
 
     parser = argparse.ArgumentParser(
         prog="dsmixer", description="Train and run mixtures of LoRA experts on DeepSpeed."
     )
     parser.add_argument("--version", action="version", version=f"dsmixer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, evaluate, generate, report, schema):
+    for module in (train, plan, evaluate, generate, report, schema):
         module.add_parser(commands)
     return parser
 
@@ -38,9 +43,24 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
-            print(f"dsmixer: error: {error}", file=sys.stderr, flush=True)
-        return WRONG_INPUT
+        return _refused(error)
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        return _refused(from_os_error(error))
+
+
+def _refused(error: UserError) -> int:
+    """Say what is wrong, once: every rank finds the same mistake, and the launcher ends the others."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # the launcher ends all ranks as soon as one has left: rank 0 must not be cut off before it has spoken
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        if signal.sigtimedwait({signal.SIGTERM}, PATIENCE) is not None:
+            return WRONG_INPUT
+        print(f"dsmixer: rank {rank} alone: ", file=sys.stderr, end="")
+    print(f"dsmixer: error: {error}", file=sys.stderr, flush=True)
+    return WRONG_INPUT

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsmixer.config.checks import check_recipe
 from dsmixer.config.ds_json import merge_ds_config
+from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import load_recipe
 
 STOPPED = 75
@@ -72,6 +73,8 @@ def _train(args: argparse.Namespace, loaded: Any) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"dsmixer: {stopped}; run the same command again to go on", file=sys.stderr, flush=True)
         return STOPPED
+    except UserError as error:
+        raise loaded.located(error) from error
     return 0
 
 

@@ -13,7 +13,15 @@ from dsmixer.config.errors import UserError
 from dsmixer.config.explain import nearest_key
 from dsmixer.config.recipe import STAGES, LoadedRecipe, expert_names
 
-__all__ = ["MAX_HARD_SOFT_EXPERTS", "accumulation_steps", "check_recipe", "check_world", "is_local_path"]
+__all__ = [
+    "MAX_HARD_SOFT_EXPERTS",
+    "accumulation_steps",
+    "check_domain_experts",
+    "check_recipe",
+    "check_routing",
+    "check_world",
+    "is_local_path",
+]
 
 MAX_HARD_SOFT_EXPERTS = 32
 """``hard_soft`` computes every expert for every token; above this many it is refused."""
@@ -102,6 +110,21 @@ def _check_experts(loaded: LoadedRecipe) -> None:
         _check_exists(loaded, f"mixer.experts.{index}.path", expert.path)
 
 
+def check_domain_experts(loaded: LoadedRecipe, served: list[str], names: list[str]) -> None:
+    """Refuse domains, named by a column of the data, that no expert of the recipe serves.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for name in served:
+        if name not in names:
+            raise UserError(
+                f"the data has a domain {name!r}, and no expert is called so",
+                where=loaded.where("data.source.column"),
+                fix=f"add it to mixer.experts ({', '.join(names[:20])}), or write mixer.experts: null",
+            )
+
+
 def _check_expert_origins(loaded: LoadedRecipe) -> None:
     """Stage one makes experts; imported ones and ones that nothing trains have no place in it."""
     recipe = loaded.recipe
@@ -131,10 +154,22 @@ def _check_expert_origins(loaded: LoadedRecipe) -> None:
 
 
 def _check_routing(loaded: LoadedRecipe) -> None:
-    stage = loaded.recipe.stage2
     names = expert_names(loaded.recipe)
-    if not stage.enabled:
-        return
+    if loaded.recipe.stage2.enabled:
+        check_routing(loaded, names)
+
+
+def check_routing(loaded: LoadedRecipe, names: list[str] | None) -> None:
+    """Refuse a stage two that does not go with the pool.
+
+    Args:
+        loaded: the recipe.
+        names: of the experts; None where the data has yet to say them.
+
+    Raises:
+        UserError: too many experts a token, one expert alone, unknown names, or a router without gradient.
+    """
+    stage = loaded.recipe.stage2
     where = loaded.where("stage2.top_k")
     if (
         stage.routing == "topk"
@@ -152,7 +187,7 @@ def _check_routing(loaded: LoadedRecipe) -> None:
         raise UserError(
             "there is one expert and nothing to route", where=loaded.where("stage2.enabled"), fix=fix
         )
-    if stage.top_k > len(names):
+    if stage.top_k > len(names) and loaded.said("stage2.top_k"):  # unwritten, it is at most their number
         fix = f"write at most {len(names)}"
         raise UserError(f"{stage.top_k} experts a token, of {len(names)} experts", where=where, fix=fix)
     if stage.routing == "hard_soft" and len(names) > MAX_HARD_SOFT_EXPERTS:
@@ -191,6 +226,13 @@ def _check_targets(loaded: LoadedRecipe) -> None:
         raise UserError(f"{target!r} is named {times} times", where=where, fix="name it once")
 
 
+def _check_evaluation(loaded: LoadedRecipe) -> None:
+    if loaded.recipe.evaluation.tasks:
+        problem = "lm-eval tasks are not supported by this version"
+        fix = "write tasks: [], and give domains with a test part"
+        raise UserError(problem, where=loaded.where("evaluation.tasks"), fix=fix)
+
+
 _CHECKS: tuple[Callable[[LoadedRecipe], None], ...] = (
     _check_stages,
     _check_base,
@@ -200,6 +242,7 @@ _CHECKS: tuple[Callable[[LoadedRecipe], None], ...] = (
     _check_targets,
     _check_routing,
     _check_placement,
+    _check_evaluation,
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a data file, an adapter, a checkpoint.
@@ -20,3 +22,12 @@ class UserError(ValueError):
         self.fix = fix
         message = f"{where}: {problem}" if where else problem
         super().__init__(f"{message}\n  Fix: {fix}" if fix else message)
+
+
+def from_os_error(error: OSError) -> UserError:
+    """What a file or folder that can't be written means to the user."""
+    fix = "make the folder writable, or set run.dir to another one, and run again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free some space there, or set run.dir to a folder on another disk, and run again"
+    where = None if error.filename is None else str(error.filename)
+    return UserError(error.strerror or str(error), where=where, fix=fix)

@@ -70,6 +70,13 @@ def describe(node: Node) -> str:
     return {"boolean": "true or false", "null": "null"}[str(kind)]
 
 
+def is_key(text: str) -> bool:
+    """Whether this is a dotted key of a recipe, also of an entry of one of its lists."""
+    parts = text.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:first]) in _all_keys()
+
+
 def nearest_key(key: str, keys: list[str]) -> str | None:
     """The key that was probably meant, or None where nothing is near."""
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmixer.config.errors import UserError
-from dsmixer.config.explain import show, validate_recipe
+from dsmixer.config.explain import is_key, show, validate_recipe
 from dsmixer.config.overrides import apply_overrides
 from dsmixer.config.schema import Recipe
 from dsmixer.config.stages import Section, Stage2Config, StageConfig
@@ -43,6 +43,16 @@ class LoadedRecipe:
     def said(self, key: str) -> bool:
         """Whether recipe, command line or DeepSpeed JSON file set this key, so that it can contradict."""
         return key in self.written or key in self.places
+
+    def located(self, error: UserError) -> UserError:
+        """An error that starts with a dotted key, with the file and line of that key before it.
+
+        What reads data or a model knows the key that it was called for, and not where the user wrote it.
+        """
+        key, colon, rest = (error.where or "").partition(": ")
+        if not is_key(key):
+            return error
+        return UserError(error.problem, where=f"{self.where(key)}{colon}{rest}", fix=error.fix)
 
     def stage(self, name: str) -> StageConfig:
         """The stage called ``stage1`` or ``stage2``."""

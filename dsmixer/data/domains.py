@@ -104,12 +104,19 @@ def load_domains(data: DataConfig, *, seed: int, quarantine: Path | None) -> lis
         bad.write(quarantine)
     if not domains:
         raise UserError("no domains", where="data.domains", fix="list at least one domain")
-    for domain in domains:
+    for index, domain in enumerate(domains):
         if not domain.train:
-            problem = f"no training example ({domain.skipped} bad records were skipped)"
-            fix = "give it data, or take the domain out"
-            raise UserError(problem, where=f"data.domains: {domain.name}", fix=fix)
+            _refuse_empty(domain, index, data)
     return domains
+
+
+def _refuse_empty(domain: Domain, index: int, data: DataConfig) -> None:
+    # a domain that a column names has at least the record that names it
+    problem = f"no training example of domain {domain.name} in {data.domains[index].train}"
+    if domain.skipped:
+        problem += f" ({domain.skipped} bad records were skipped)"
+    fix = "give it data, or take the domain out"
+    raise UserError(problem, where=f"data.domains.{index}.train", fix=fix)
 
 
 def _one_domain(entry: DomainConfig, seed: int, bad: BadRecords) -> Domain:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,10 +62,8 @@ def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -
         options["dtype"] = DTYPES[base.dtype]
     try:
         model = AutoModelForCausalLM.from_pretrained(base.model, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"the model could not be loaded: {error}", where=f"base.model: {base.model}", fix=_FIX
-        ) from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _unloadable(base, error) from error
     _check_dtypes(model, DTYPES[base.dtype])
     _check_packing(model, packing)
     if base.activation_checkpointing:
@@ -75,13 +74,42 @@ def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -
 _FIX = "give a transformers folder (config.json and safetensors) or a hub id, and check base.revision"
 
 
+def bare_base(base: BaseConfig, *, packing: bool = False) -> PreTrainedModel:
+    """The base's modules without weights (on the meta device): what can be checked before minutes of loading.
+
+    Raises:
+        UserError: as :func:`load_base`, but for weights and tokenizer.
+    """
+    config = _read_config(base)
+    _check_kind(config, base)
+    options = {} if base.attention == "auto" else {"attn_implementation": base.attention}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(base, error) from error
+    _check_packing(model, packing)
+    return model
+
+
+def _unloadable(base: BaseConfig, error: Exception) -> UserError:
+    problem = f"the model could not be loaded: {_one_line(error)}"
+    return UserError(problem, where=f"base.model: {base.model}", fix=_FIX)
+
+
+def _one_line(error: Exception) -> str:
+    """The reason a library gives, which may run over many lines, cut to what can be read."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id."""
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no tokenizer could be loaded: {error}",
+            f"no tokenizer could be loaded: {_one_line(error)}",
             where=f"base.model: {source}",
             fix="put the tokenizer's files beside the model's",
         ) from error
@@ -105,7 +133,7 @@ def _read_config(base: BaseConfig) -> Any:
         return AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no model configuration could be read: {str(error).splitlines()[0]}",
+            f"no model configuration could be read: {_one_line(error)}",
             where=f"base.model: {base.model}",
             fix=_FIX,
         ) from error

@@ -1,32 +1,18 @@
-"""Where experts live and what each rank holds: arithmetic alone, no torch.distributed.
-
-This version places every expert on every rank (``replicate``) or shards the stacked bank with ZeRO-3
-(``weights``).
-"""
+"""Where experts live and what each rank holds and sends: arithmetic alone, no torch.distributed."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-FLOAT32 = 4
+from dsmixer.placement.choice import Candidate, candidates, choose, usable_memory
+from dsmixer.placement.memory import router_weights
+from dsmixer.placement.reason import exchanges, reason
+from dsmixer.placement.remedies import remedies
+from dsmixer.placement.request import FLOAT32, PlanRequest
 
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Weights of a model with mixers.
-
-    Attributes:
-        base: frozen weights.
-        experts: weights of all experts, padded rows included.
-        routers: weights of all routers.
-        base_bytes: bytes of one frozen weight.
-    """
-
-    base: int
-    experts: int
-    routers: int
-    base_bytes: int
+ROUTER_SHARE = 8
+"""``per_block`` routers are proposed once E > D / 8."""
 
 
 @dataclass(frozen=True)
@@ -34,59 +20,137 @@ class Plan:
     """A placement and what it predicts.
 
     Attributes:
-        mode: ``replicate`` or ``weights``.
-        zero_stage: 0 to 3.
-        world_size: W.
-        expert_parallel_size: EP; 1 here.
-        reason: why this mode.
-        bytes_per_rank: by stage and kind: base, trained weights, ZeRO's float32 copy, gradients, moments.
+        request: what it was made from.
+        chosen: the layout to use.
+        runnable: the one to use with this version of the trainer, None where it runs none.
+        candidates: every layout there is, the cheapest first.
+        reason: why this one, as an inequality with its numbers.
+        exchange: the bytes of ``weights`` and ``tokens`` a micro-batch, as formulas with their numbers.
+        notes: what else to know, a line each.
+        remedies: where nothing fits, what would; a line each.
     """
 
-    mode: str
-    zero_stage: int
-    world_size: int
-    expert_parallel_size: int
+    request: PlanRequest
+    chosen: Candidate
+    runnable: Candidate | None
+    candidates: tuple[Candidate, ...]
     reason: str
-    bytes_per_rank: dict[str, dict[str, int]]
+    exchange: str
+    notes: tuple[str, ...]
+    remedies: tuple[str, ...]
+
+    @property
+    def mode(self) -> str:
+        return self.chosen.layout.mode
+
+    @property
+    def zero_stage(self) -> int:
+        return self.chosen.layout.zero_stage
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """EP."""
+        return self.chosen.layout.expert_parallel_size
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON values; bytes are of the rank that has most."""
+        cluster, pool, owners = self.request.cluster, self.request.pool, self.chosen.owners
+        return {
+            "mode": self.mode,
+            "zero_stage": self.zero_stage,
+            "world_size": cluster.world_size,
+            "expert_parallel_size": self.expert_parallel_size,
+            "expert_data_parallel_size": cluster.world_size // self.expert_parallel_size,
+            "available": self.chosen.available,
+            "fits": self.chosen.fits,
+            "device_memory": cluster.device_memory,
+            "reason": self.reason,
+            "exchange": self.exchange,
+            "notes": list(self.notes),
+            "remedies": list(self.remedies),
+            "bytes_per_rank": {name: m.to_dict() for name, m in self.chosen.memory.items()},
+            "bytes_sent_per_step": {name: t.to_dict() for name, t in self.chosen.traffic.items()},
+            "num_experts": pool.num_experts,
+            "busiest_over_mean": round(owners.imbalance, 4),
+            "runnable": None if self.runnable is None else _layout(self.runnable),
+            "layouts": [_layout(candidate) for candidate in self.candidates],
+            "owners": {
+                pool.name(e): {str(rank): round(share, 4) for rank, share in parts}
+                for e, parts in enumerate(owners.parts)
+            }
+            if self.expert_parallel_size > 1
+            else "every rank owns every expert",
+        }
 
 
-def make_plan(
-    size: ModelSize, *, mode: str, zero_stage: int, world_size: int, trained: dict[str, int]
-) -> Plan:
-    """The plan for one run.
+def _layout(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "mode": candidate.layout.mode,
+        "zero_stage": candidate.layout.zero_stage,
+        "expert_parallel_size": candidate.layout.expert_parallel_size,
+        "available": candidate.available,
+        "fits": candidate.fits,
+        "peak_bytes": candidate.peak,
+        "sent_bytes": round(candidate.sent),
+        "exchange_seconds": candidate.seconds,
+    }
+
+
+def make_plan(request: PlanRequest) -> Plan:
+    """Decide where the experts live.
+
+    Among the layouts that the request leaves open and that fit the device, the one that
+    sends least (or, where link speeds are known, whose exchanges take least time), then the one with the
+    lowest peak.
 
     Args:
-        size: of model and mixers.
-        mode: of the recipe: ``auto``, ``replicate`` or ``weights``.
-        zero_stage: resolved.
-        world_size: W.
-        trained: weights that train in each enabled stage, by its name.
+        request: model, pool, cluster and training shape.
+
+    Raises:
+        UserError: mode, ZeRO stage and EP of the request go together in no layout that the trainer runs.
     """
-    chosen = "weights" if zero_stage == 3 else "replicate"
-    asked = "as the recipe says" if mode != "auto" else f"ZeRO stage {zero_stage} goes with it"
+    found = candidates(request)
+    chosen = choose(found, only_available=request.only_available)
     return Plan(
-        mode=chosen,
-        zero_stage=zero_stage,
-        world_size=world_size,
-        expert_parallel_size=1,
-        reason=asked,
-        bytes_per_rank={
-            stage: _bytes(size, weights, zero_stage, world_size) for stage, weights in trained.items()
-        },
+        request=request,
+        chosen=chosen,
+        runnable=_runnable(found),
+        candidates=tuple(found),
+        reason=reason(request, chosen, found),
+        exchange=exchanges(request, chosen),
+        notes=tuple(_notes(request, chosen, found)),
+        remedies=tuple(remedies(request)) if chosen.fits is False else (),
     )
 
 
-def _bytes(size: ModelSize, trained: int, zero_stage: int, world_size: int) -> dict[str, int]:
-    share = -(-trained // world_size)
-    held = -(-(size.experts + size.routers) // world_size) if zero_stage == 3 else size.experts + size.routers
-    base = -(-size.base // world_size) if zero_stage == 3 else size.base
-    return {
-        "base": base * size.base_bytes,
-        "experts_and_routers": held * FLOAT32,
-        "float32_copy": share * FLOAT32 if zero_stage in (1, 2) else 0,
-        "gradients": (share if zero_stage >= 2 else trained) * FLOAT32,
-        "moments": 2 * (trained if zero_stage == 0 else share) * FLOAT32,
-    }
+def _runnable(found: list[Candidate]) -> Candidate | None:
+    return choose(found, only_available=True) if any(c.available for c in found) else None
+
+
+def _notes(request: PlanRequest, chosen: Candidate, found: list[Candidate]) -> list[str]:
+    notes = []
+    better = found[0]
+    if not better.available and chosen.available and better.fits is not False and better.cost < chosen.cost:
+        notes.append(
+            f"{better.layout.mode} with ZeRO {better.layout.zero_stage} and EP "
+            f"{better.layout.expert_parallel_size} would be better (a peak of {better.peak / 1e9:,.1f} GB, "
+            f"{better.sent / 1e9:,.1f} GB sent); this version does not run it yet"
+        )
+    narrowest = min((p.in_features for p in request.model.projections), default=0)
+    experts = request.pool.num_experts
+    if request.pool.router == "per_projection" and experts > narrowest / ROUTER_SHARE:
+        weights = router_weights(request)
+        notes.append(
+            f"mixer.router: per_block is worth it: E = {experts} > D/8 = {narrowest / ROUTER_SHARE:g}, and "
+            f"the routers weigh {weights:,} ({weights * FLOAT32 / 1e9:,.2f} GB)"
+        )
+    if request.four_bit:
+        notes.append(
+            "a 4-bit base is whole on every rank, whatever the ZeRO stage; this version does not load one yet"
+        )
+    if chosen.fits is False and request.cluster.device_memory is not None:
+        notes.append(
+            f"does not fit: {chosen.peak / 1e9:,.1f} GB at the peak, of "
+            f"{usable_memory(request.cluster.device_memory) / 1e9:,.1f} GB that may be used"
+        )
+    return notes

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dsmixer.adapters.importing import Pool, fill_experts, read_pool
+from dsmixer.adapters.importing import Pool, fill_experts
 from dsmixer.config.batch import check_world
 from dsmixer.config.ds_json import resolved_zero_stage
 from dsmixer.config.errors import UserError
@@ -17,16 +18,20 @@ from dsmixer.config.schema import Recipe
 from dsmixer.data.records import Example
 from dsmixer.model.count import WeightCounts, count_weights
 from dsmixer.model.inject import Mixture, attach_mixers
-from dsmixer.model.load import LoadedBase, load_base
+from dsmixer.model.load import LoadedBase, bare_base, load_base
 from dsmixer.model.mixer_config import MixerConfig
-from dsmixer.placement.plan import ModelSize, make_plan
-from dsmixer.training.data import RunData, StageData, load_run_data, stage_data
+from dsmixer.model.shape import model_shape
+from dsmixer.placement.plan import make_plan
+from dsmixer.placement.request import Cluster
+from dsmixer.training.data import RunData, StageData, stage_data
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.finish import finish_run
 from dsmixer.training.health import StopRequest
-from dsmixer.training.run_folder import RunFolder, claim_run_folder, write_json
+from dsmixer.training.planning import PoolFacts, plan_request
+from dsmixer.training.preflight import check_stage_order, read_inputs
+from dsmixer.training.run_folder import RunFolder, claim_run_folder, find_run_folder, write_json
 from dsmixer.training.saving import load_weights
-from dsmixer.training.stage_run import RunState, run_stage, trainable
+from dsmixer.training.stage_run import RunState, run_stage
 from dsmixer.training.world import World, gather_objects, join_world, once
 
 
@@ -53,10 +58,11 @@ def train(request: RunRequest) -> None:
         Stopped: a signal came; the run has saved and can be taken up again.
         NonFiniteError: a loss or gradient was not finite.
     """
-    recipe = request.loaded.recipe
+    recipe, stages = request.loaded.recipe, _stages_of(request)
     world = join_world(max(recipe.health.hang_timeout, 60.0))
     accumulation = check_world(request.loaded, world.size)
-    folder = once(world, lambda: claim_run_folder(request.loaded))
+    folder = once(world, lambda: find_run_folder(request.loaded))
+    once(world, lambda: check_stage_order(recipe, stages, folder.checkpoints(1)))
     if folder.finished():
         _say(world, f"{folder.path} is finished; its report is {folder.report}")
         return
@@ -64,7 +70,7 @@ def train(request: RunRequest) -> None:
     with stop_request.listening():
         state, base = _set_up(request, world, folder, stop_request)
         engine = None
-        for number in _stages_of(request):
+        for number in stages:
             if engine is not None:
                 engine.release()
             engine = _one_stage(state, base, number, accumulation[f"stage{number}"])
@@ -107,8 +113,7 @@ def _set_up(
     """Data, base model with mixers, and the plan."""
     recipe = request.loaded.recipe
     began = time.perf_counter()
-    data = load_run_data(recipe, folder.quarantine if world.rank == 0 else None)
-    pool = _read_pool(recipe)
+    data, pool = read_inputs(request.loaded, folder.quarantine if world.rank == 0 else None)
     zero_stage = resolved_zero_stage(recipe)
     base = load_base(recipe.base, packing=recipe.data.packing, zero3=zero_stage == 3)
     if zero_stage != 3:
@@ -117,18 +122,12 @@ def _set_up(
     if pool is not None:
         fill_experts(mixture, pool)
     _check_same_data(world, data)
+    once(world, lambda: claim_run_folder(request.loaded))
     counts = count_weights(mixture)
-    once(world, lambda: _write_plan(recipe, folder, mixture, counts, zero_stage, world))
+    once(world, lambda: _write_plan(request, folder, mixture, data, zero_stage, world))
     _announce(world, data, mixture, counts, zero_stage, time.perf_counter() - began)
     state = RunState(request.loaded, folder, world, mixture, data, stop_request, request.ds_path)
     return state, base
-
-
-def _read_pool(recipe: Recipe) -> Pool | None:
-    """The ready-made adapters that the recipe names as experts."""
-    specs = recipe.mixer.experts or ()
-    folders = {spec.name: spec.path for spec in specs if spec.path is not None}
-    return read_pool(folders) if folders else None
 
 
 def mixer_config(recipe: Recipe, experts: Sequence[str], pool: Pool | None) -> MixerConfig:
@@ -177,26 +176,39 @@ def _check_same_data(world: World, data: RunData) -> None:
 
 
 def _write_plan(
-    recipe: Recipe,
-    folder: RunFolder,
-    mixture: Mixture,
-    counts: WeightCounts,
-    zero_stage: int,
-    world: World,
+    request: RunRequest, folder: RunFolder, mixture: Mixture, data: RunData, zero_stage: int, world: World
 ) -> None:
-    base_bytes = torch.finfo(getattr(torch, recipe.base.dtype)).bits // 8
-    trained = {}
-    for number in _enabled(recipe):
-        stage = recipe.stage1 if number == 1 else recipe.stage2
-        names = [name for name, _ in trainable(mixture, stage)]
-        routers = counts.routers if any(name.endswith("router.weight") for name in names) else 0
-        experts = counts.experts if any(".bank." in name for name in names) else 0
-        trained[f"stage{number}"] = routers + experts
-    size = ModelSize(counts.base, counts.experts, counts.routers, base_bytes)
+    """``plan.json``, and a line where the plan does not fit the device."""
+    recipe, config = request.loaded.recipe, mixture.config
+    shape = model_shape(bare_base(recipe.base), recipe.mixer.targets)
+    facts = PoolFacts(
+        config.experts, _text_sizes(data), dict(zip(config.experts, config.rank_list, strict=True))
+    )
+    nodes = int(os.environ.get("CROSS_SIZE", "1"))
+    memory = (
+        torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
+    )
+    cluster = Cluster(world.size, max(1, world.size // nodes), memory)
     plan = make_plan(
-        size, mode=recipe.placement.mode, zero_stage=zero_stage, world_size=world.size, trained=trained
+        plan_request(request.loaded, shape, facts, cluster, zero_stage=zero_stage, ds_path=request.ds_path)
     )
     write_json(folder.plan, plan.to_dict())
+    if plan.chosen.fits is False:
+        _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
+
+
+def _text_sizes(data: RunData) -> dict[str, float]:
+    """Characters that each expert trains on in an epoch: about in proportion to tokens, and known already."""
+    sizes: dict[str, float] = {}
+    for domain in data.domains:
+        characters = sum(map(_num_characters, domain.train))
+        sizes[domain.expert] = sizes.get(domain.expert, 0.0) + domain.weight * characters
+    return sizes
+
+
+def _num_characters(example: Example) -> int:
+    said = sum(len(str(message["content"])) for message in example.messages or ())
+    return said + len(example.prompt) + len(example.completion)
 
 
 def _announce(
@@ -241,11 +253,6 @@ def _take_stage_one(state: RunState) -> None:
     if not state.loaded.recipe.stage1.enabled:
         return
     checkpoint = state.find_checkpoint(1)
-    if checkpoint is None or not checkpoint.state.finished:
-        raise UserError(
-            "stage one of this run is not finished",
-            where=str(state.folder.checkpoints(1)),
-            fix="run the same command with --stages 1 or without --stages first",
-        )
+    assert checkpoint is not None and checkpoint.state.finished
     if not hasattr(next(state.mixture.expert_parameters())[1], "ds_id"):
         load_weights(state.mixture, checkpoint.group("weights"))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dsmixer.config.errors import UserError
+from dsmixer.config.errors import UserError, from_os_error
 
 Result = TypeVar("Result")
 
@@ -70,7 +70,8 @@ def once(world: World, work: Callable[[], Result]) -> Result:
         except UserError as error:
             outcome[1] = (error.problem, error.where, error.fix)
         except OSError as error:
-            outcome[1] = (f"{error.strerror or error}", str(error.filename or ""), _space_fix(error))
+            refused = from_os_error(error)
+            outcome[1] = (refused.problem, refused.where, refused.fix)
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -78,14 +79,6 @@ def once(world: World, work: Callable[[], Result]) -> Result:
         raise UserError(problem, where=where, fix=fix)
     result: Result = outcome[0]
     return result
-
-
-def _space_fix(error: OSError) -> str:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space there, or set run.dir to a folder on another disk, and run again"
-    return "make the folder writable, or set run.dir to another one, and run again"
 
 
 def gather_objects(world: World, value: Result) -> list[Result]:

@@ -1,0 +1,94 @@
+"""Bytes of activations: a formula for decoder layers with a frozen base, and what it leaves out.
+
+A frozen projection keeps nothing for the backward pass. What a layer keeps, for each of n tokens, with
+activations of b bytes, residual width H, query width Q, key/value width V, feed-forward width F:
+
+    norms      2 · 4 H, as they run in float32
+    attention  b (Q + 2 V) rotated queries, keys and values, b Q its output; eager: 2 b heads · S for scores
+    mixers     b D once for each block of projections that read one input, such as q, k and v; with dropout
+               b D + D for each projection more
+    routing    for each projection 12 K bytes: expert ids (int64) and weights (float32) of K experts; for each
+               router in stage two 4 E (its probabilities), twice that with the routing loss
+    mlp        3 b F gated (both branches and the activated one), 2 b F otherwise
+
+Checkpointed, a layer keeps its input, b H, and one layer at a time is computed again. Beside the layers stand
+the last norm, and the logits over C tokens of the vocabulary: b C once, 4 C in float32 where they are
+narrower, and 4 C for each of the log-softmax, which autograd keeps, and its gradient. The working memory of
+the largest mixer is what its form makes and frees again: for ``dense`` three tensors of n · E · R, for
+``grouped`` n · K rows of 2 (D + O) + 3 R, and a bank in the compute dtype.
+
+Left out: what the allocator loses between tensors, the attention mask of packed rows, and models whose layers
+are not of this kind. Rows are taken as full.
+"""
+
+from __future__ import annotations
+
+from dsmixer.placement.request import FLOAT32, PlanRequest, Projection, StageShape
+
+DENSE_LIMIT = 512
+"""E · R up to which ``experts.forms`` multiplies all experts at once; a test holds the two together."""
+
+
+def activation_bytes(request: PlanRequest, stage: StageShape) -> int:
+    """What a rank keeps between forward and backward pass, and the logits, of one micro-batch.
+
+    Args:
+        request: the plan's.
+        stage: the stage.
+    """
+    layers = request.model.layer.layers
+    one = layer_bytes(request, stage)
+    kept = layers * one
+    if request.checkpointing:
+        kept = layers * stage.tokens * request.base_bytes * request.model.layer.hidden + one
+    last_norm = stage.tokens * FLOAT32 * request.model.layer.hidden
+    return kept + last_norm + logit_bytes(request, stage)
+
+
+def layer_bytes(request: PlanRequest, stage: StageShape) -> int:
+    """What one decoder layer keeps of a micro-batch."""
+    shape, b, n = request.model.layer, request.base_bytes, stage.tokens
+    norms = 2 * FLOAT32 * shape.hidden
+    attention = b * (2 * shape.query + 2 * shape.key_value)
+    if shape.eager:
+        attention += 2 * b * shape.heads * stage.max_length
+    mlp = (3 if shape.gated else 2) * b * shape.mlp
+    return n * (norms + attention + mlp) + mixer_bytes(request, stage) // shape.layers
+
+
+def mixer_bytes(request: PlanRequest, stage: StageShape) -> int:
+    """What all mixers keep of a micro-batch: their inputs, and E or K numbers a token."""
+    b, n = request.base_bytes, stage.tokens
+    projections = request.model.projections
+    inputs = sum({p.block: b * p.in_features for p in projections}.values())
+    if request.dropout:
+        inputs += sum((b + 1) * p.in_features for p in projections)
+    num_experts = request.pool.num_experts
+    pairs = 12 if stage.top_k is None else 12 * stage.top_k
+    routing = len(projections) * (FLOAT32 * num_experts if stage.every_expert else pairs)
+    if stage.top_k is not None:
+        routing += 2 * FLOAT32 * num_experts * len(request.model.router_widths(request.pool.router))
+    return n * (inputs + routing)
+
+
+def logit_bytes(request: PlanRequest, stage: StageShape) -> int:
+    """Logits, their float32 copy, the log-softmax and its gradient."""
+    copy = FLOAT32 if request.base_bytes < FLOAT32 else 0
+    return stage.tokens * request.model.layer.vocabulary * (request.base_bytes + copy + 2 * FLOAT32)
+
+
+def working_bytes(request: PlanRequest, stage: StageShape, held: int) -> int:
+    """What the largest mixer makes and frees again in its backward pass, of ``held`` experts."""
+    return max((_mixer_work(request, stage, p, held) for p in request.model.projections), default=0)
+
+
+def _mixer_work(request: PlanRequest, stage: StageShape, projection: Projection, held: int) -> int:
+    b, n, rank = request.base_bytes, stage.tokens, request.pool.rank
+    width = projection.in_features + projection.out_features
+    cast = b * held * rank * width if b < FLOAT32 else 0
+    gradient = FLOAT32 * held * rank * width if stage.trains_experts else 0
+    if held * rank <= DENSE_LIMIT or stage.every_expert:
+        made = 3 * n * b * held * rank
+    else:
+        made = n * (stage.top_k or 1) * b * (2 * width + 3 * rank)
+    return cast + gradient + made

@@ -1,0 +1,233 @@
+"""Bytes on one rank: what it holds, what comes and goes in a step, and the most at start.
+
+Held, with 4 bytes a weight that trains:
+
+    ZeRO 0     experts, routers, gradients and both moments whole
+    ZeRO 1     gradients whole; both moments and a float32 copy of what trains cut over the ranks
+    ZeRO 2     gradients cut as well
+    ZeRO 3     everything cut, the base too; and a float32 copy of what trains, as in ZeRO 1
+
+deepspeed 0.19.8 means to spare ZeRO-3 that copy where the weights are float32 already, but compares a device
+with its name, which is never equal: the copy is always made, and ``tests/dist/test_plan_bytes.py`` sees it.
+
+θ(0) of the preserve term is cut like the moments. In ``tokens`` a rank holds its own experts, and ZeRO cuts
+those over the EDP ranks that hold the same ones, routers and base over all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from dsmixer.placement.activations import activation_bytes, working_bytes
+from dsmixer.placement.request import FLOAT32, FOUR_BIT, PlanRequest, StageShape
+
+COPYING_STAGES = (1, 2, 3)
+"""The ZeRO stages that keep a float32 copy of what trains beside the weights themselves."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to place a pool.
+
+    Attributes:
+        mode: ``replicate``, ``weights`` or ``tokens``.
+        zero_stage: that goes with it.
+        expert_parallel_size: EP.
+        held: experts on the rank that holds most.
+    """
+
+    mode: str
+    zero_stage: int
+    expert_parallel_size: int
+    held: int
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """EDP: ranks over which ZeRO cuts what an expert needs."""
+        return world_size // self.expert_parallel_size
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes of one rank in one stage, on the rank that has most.
+
+    Attributes:
+        base: frozen weights of the model.
+        experts: weights of the stacked banks held here.
+        routers: weights of the routers.
+        gradients: kept from micro-batch to micro-batch.
+        optimizer: both moments, a float32 copy of the weights where ZeRO makes one, and θ(0).
+        activations: of one micro-batch.
+        buffers: beside the activations: gradients on their way, weights that ZeRO-3 gathers, a mixer's work.
+        update: in the optimizer step, when activations and buffers are gone.
+        start: the most before the first step: loading the base, making the experts, starting the engine.
+    """
+
+    base: int
+    experts: int
+    routers: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    update: int
+    start: int
+    peak: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        peak = max(self.held + max(self.activations + self.buffers, self.update), self.start)
+        object.__setattr__(self, "peak", peak)
+
+    @property
+    def held(self) -> int:
+        """What stays from step to step."""
+        return self.base + self.experts + self.routers + self.gradients + self.optimizer
+
+    def to_dict(self) -> dict[str, int]:
+        """All fields, and ``peak``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Weights of one kind: how many tensors of which size, and over how many ranks ZeRO cuts them."""
+
+    sizes: tuple[tuple[int, int], ...]
+    ranks: int
+    trains: bool
+
+    @property
+    def whole(self) -> int:
+        return sum(numel * count for numel, count in self.sizes)
+
+    @property
+    def cut(self) -> int:
+        """Weights of one rank's parts; each tensor is padded to a multiple of the ranks."""
+        return sum(-(-numel // self.ranks) * count for numel, count in self.sizes)
+
+    def cut_but(self, threshold: int) -> int:
+        """As ``cut``, with tensors up to a size whole on every rank beside their part."""
+        return self.cut + sum(numel * count for numel, count in self.sizes if numel <= threshold)
+
+
+def rank_bytes(request: PlanRequest, layout: Layout, stage: StageShape) -> RankBytes:
+    """What a stage takes on the rank that holds most.
+
+    Args:
+        request: the plan's.
+        layout: the placement.
+        stage: the stage.
+    """
+    experts, routers = _experts(request, layout, stage), _routers(request, stage)
+    zero, limit = layout.zero_stage, request.engine.persistence
+    whole = FLOAT32 * (experts.whole + routers.whole)
+    weights = [FLOAT32 * (t.cut_but(limit) if zero == 3 else t.whole) for t in (experts, routers)]
+    trained = [t for t in (experts, routers) if t.trains]
+    base = base_bytes(request, layout)
+    gradients = FLOAT32 * sum(t.cut if zero >= 2 else t.whole for t in trained)
+    copies = 2 + (zero in COPYING_STAGES) + stage.keeps_origin
+    states = FLOAT32 * sum(t.whole if zero == 0 else t.cut for t in trained)
+    # experts are made whole before DeepSpeed cuts them; ZeRO-1/2 copies what trains to one flat tensor
+    flat = FLOAT32 * sum(t.whole for t in trained) if zero in (1, 2) else 0
+    return RankBytes(
+        base=base,
+        experts=weights[0],
+        routers=weights[1],
+        gradients=gradients,
+        optimizer=copies * states,
+        activations=activation_bytes(request, stage),
+        buffers=working_bytes(request, stage, layout.held) + _buffers(request, layout, trained),
+        update=_update(request, layout, trained),
+        start=load_bytes(request, layout) + whole + flat,
+    )
+
+
+def base_bytes(request: PlanRequest, layout: Layout) -> int:
+    """The frozen base on one rank; 4-bit weights are whole on every rank, whatever the ZeRO stage."""
+    b, model = request.base_bytes, request.model
+    if request.four_bit:
+        packed = int(model.quantizable * FOUR_BIT)
+        rest = b * (model.num_weights - model.quantizable)
+        return packed + (-(-rest // request.cluster.world_size) if layout.zero_stage == 3 else rest)
+    if layout.zero_stage < 3:
+        return b * model.num_weights
+    cut = _Tensors(model.parameters, request.cluster.world_size, trains=False)
+    return b * cut.cut_but(request.engine.persistence)
+
+
+def load_bytes(request: PlanRequest, layout: Layout) -> int:
+    """The base's most while it is loaded: under ZeRO-3 shard by shard, with one whole parameter at a time."""
+    if request.four_bit:
+        rest = request.model.num_weights - request.model.quantizable
+        return int(request.model.quantizable * FOUR_BIT) + request.base_bytes * rest
+    largest = max(numel for numel, _ in request.model.parameters)
+    in_flight = request.base_bytes * largest if layout.zero_stage == 3 else 0
+    return base_bytes(request, layout) + in_flight
+
+
+def expert_weights(request: PlanRequest, held: int) -> int:
+    """Weights of ``held`` stacked experts on all projections, padding of unequal ranks included."""
+    return held * request.pool.rank * request.model.width
+
+
+def router_weights(request: PlanRequest) -> int:
+    """Weights of all routers."""
+    return request.pool.num_experts * sum(request.model.router_widths(request.pool.router))
+
+
+def _experts(request: PlanRequest, layout: Layout, stage: StageShape) -> _Tensors:
+    rows = layout.held * request.pool.rank
+    sizes = tuple(
+        (rows * width, 1) for p in request.model.projections for width in (p.in_features, p.out_features)
+    )
+    ranks = layout.expert_data_parallel_size(request.cluster.world_size)
+    return _Tensors(sizes, ranks, stage.trains_experts)
+
+
+def _routers(request: PlanRequest, stage: StageShape) -> _Tensors:
+    widths = request.model.router_widths(request.pool.router)
+    sizes = tuple((request.pool.num_experts * width, 1) for width in widths)
+    return _Tensors(sizes, request.cluster.world_size, stage.trains_routers)
+
+
+def _buffers(request: PlanRequest, layout: Layout, trained: list[_Tensors]) -> int:
+    """Gradients on their way between ranks, and under ZeRO-3 the gathered weights."""
+    engine, numel = request.engine, sum(t.whole for t in trained)
+    if layout.zero_stage < 3:
+        if request.cluster.world_size == 1 and layout.zero_stage == 0:
+            return 0
+        # a bucket, and the flat copy that is reduced
+        bucket = engine.plain_bucket if layout.zero_stage == 0 else 2 * engine.reduce_bucket
+        return FLOAT32 * min(bucket, numel if layout.zero_stage == 0 else 2 * numel)
+    return FLOAT32 * (engine.reduce_bucket + min(engine.reduce_bucket, numel)) + gathered_bytes(
+        request, layout
+    )
+
+
+def gathered_bytes(request: PlanRequest, layout: Layout) -> int:
+    """Weights that ZeRO-3 may keep gathered: as many as DeepSpeed allows, and at least the largest mixer."""
+    base = 0 if request.four_bit else request.model.num_weights
+    experts = expert_weights(request, layout.held) + router_weights(request)
+    live = min(1.0, (request.engine.max_live + request.engine.prefetch) / max(1, base + experts))
+    largest = max((p.in_features + p.out_features for p in request.model.projections), default=0)
+    at_least = FLOAT32 * layout.held * request.pool.rank * largest
+    return max(int(live * (request.base_bytes * base + FLOAT32 * experts)), at_least)
+
+
+def _update(request: PlanRequest, layout: Layout, trained: list[_Tensors]) -> int:
+    """The optimizer step: the flat gradient of a partition, and four temporaries of its largest bank.
+
+    Where some experts were not reached, their rows are picked out of weights, gradient and moments first:
+    four more.
+    """
+    if not trained:
+        return 0
+    cut = layout.zero_stage > 0
+    part = sum(t.cut for t in trained)
+    largest = max(numel for t in trained for numel, _ in t.sizes)
+    span = (
+        min(largest, part)
+        if layout.zero_stage != 3
+        else max(-(-n // t.ranks) for t in trained for n, _ in t.sizes)
+    )
+    flat = min(part, request.engine.sub_group) if layout.zero_stage == 3 else part
+    return FLOAT32 * (8 * span + (flat if cut else 0))

@@ -1,0 +1,239 @@
+"""What a placement plan starts from: model, pool, cluster and training shape, as plain numbers.
+
+Shape letters: D input width of a projection, O its output width, E experts, R LoRA rank (padded), K experts a
+token, W ranks, n tokens of a rank's micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+MODES = ("replicate", "weights", "tokens")
+ZERO_STAGES = {"replicate": (0, 1, 2), "weights": (3,), "tokens": (1, 2, 3)}
+"""The ZeRO stages that go with each mode."""
+
+FLOAT32 = 4
+RANK_MULTIPLE = 8
+"""To which the stacked banks pad the rank, as ``experts.bank`` does."""
+
+FOUR_BIT = 0.5 + 4 / 64
+"""Bytes of a weight in 4 bits, with one float32 scale a block of 64, as bitsandbytes stores it."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection that carries a mixer. Those of equal ``block`` read the same input."""
+
+    in_features: int
+    out_features: int
+    block: str
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the activations of a decoder follow from.
+
+    Attributes:
+        hidden: width of the residual stream.
+        mlp: inner width of the feed-forward part.
+        gated: whether that part multiplies two branches, as SwiGLU does.
+        query: width of all query heads together.
+        key_value: width of all key heads together, as of all value heads.
+        heads: query heads.
+        layers: number of decoder layers.
+        vocabulary: number of tokens the model knows.
+        eager: whether attention keeps its scores, ``heads · S²`` a row.
+    """
+
+    hidden: int
+    mlp: int
+    gated: bool
+    query: int
+    key_value: int
+    heads: int
+    layers: int
+    vocabulary: int
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A base model and where its mixers go.
+
+    Attributes:
+        parameters: weights of a frozen parameter, and how many parameters have that many.
+        quantizable: weights of the linear layers that a 4-bit loading packs (all but the output head).
+        projections: those with a mixer.
+        layer: for the activations.
+    """
+
+    parameters: tuple[tuple[int, int], ...]
+    quantizable: int
+    projections: tuple[Projection, ...]
+    layer: LayerShape
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the base."""
+        return sum(numel * count for numel, count in self.parameters)
+
+    @property
+    def width(self) -> int:
+        """Σ (D + O) over the projections with a mixer."""
+        return sum(p.in_features + p.out_features for p in self.projections)
+
+    def router_widths(self, router: str) -> list[int]:
+        """D of each router, for ``per_projection`` or ``per_block``."""
+        if router == "per_projection":
+            return [p.in_features for p in self.projections]
+        return list({p.block: p.in_features for p in self.projections}.values())
+
+
+def parameter_sizes(numels: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Sizes as ``ModelShape.parameters`` holds them."""
+    return tuple(sorted(Counter(numels).items()))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The experts.
+
+    Attributes:
+        ranks: LoRA rank of each.
+        tokens: training tokens of each in stage one; only their proportions count.
+        names: of each; used where owners are shown.
+        router: ``per_projection`` or ``per_block``.
+    """
+
+    ranks: tuple[int, ...]
+    tokens: tuple[float, ...]
+    names: tuple[str, ...] = ()
+    router: str = "per_projection"
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """R as the stacked bank has it."""
+        return -(-max(self.ranks) // RANK_MULTIPLE) * RANK_MULTIPLE
+
+    def name(self, expert: int) -> str:
+        """What to call an expert."""
+        return self.names[expert] if self.names else str(expert)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The ranks.
+
+    Attributes:
+        world_size: W.
+        ranks_per_node: that share a machine.
+        device_memory: bytes of a rank's device; None: not known.
+        link_speed: bytes a second that a rank sends inside its node; None: not known.
+        node_link_speed: bytes a second that a rank sends to another node; None: not known.
+    """
+
+    world_size: int
+    ranks_per_node: int = 8
+    device_memory: int | None = None
+    link_speed: float | None = None
+    node_link_speed: float | None = None
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """One stage of training on one rank.
+
+    Attributes:
+        name: ``stage1`` or ``stage2``.
+        rows: of a micro-batch.
+        max_length: S, positions of a row.
+        accumulation: micro-batches a step.
+        trains_experts: whether the banks get gradients.
+        trains_routers: whether the routers do.
+        keeps_origin: whether the stage-one values are kept for the preserve term.
+        top_k: K; None in stage one, where no router is asked.
+        every_expert: whether all experts answer every token (``soft``, ``hard_soft``, ``top_p``).
+    """
+
+    name: str
+    rows: int
+    max_length: int
+    accumulation: int
+    trains_experts: bool
+    trains_routers: bool
+    keeps_origin: bool = False
+    top_k: int | None = None
+    every_expert: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """n, with full rows."""
+        return self.rows * self.max_length
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """Sizes, in elements, that DeepSpeed's buffers follow from; the defaults are deepspeed 0.19.8's."""
+
+    reduce_bucket: int = 2**25
+    plain_bucket: int = 500_000_000
+    max_live: int = 1_000_000_000
+    prefetch: int = 50_000_000
+    persistence: int = 100_000
+    sub_group: int = 1_000_000_000
+
+    @classmethod
+    def from_config(cls, zero_block: Mapping[str, object]) -> EngineSizes:
+        """From the ``zero_optimization`` block that the engine gets."""
+        names = {
+            "reduce_bucket": "reduce_bucket_size",
+            "max_live": "stage3_max_live_parameters",
+            "prefetch": "stage3_prefetch_bucket_size",
+            "persistence": "stage3_param_persistence_threshold",
+            "sub_group": "sub_group_size",
+        }
+        given = {own: zero_block.get(theirs) for own, theirs in names.items()}
+        return cls(**{own: int(value) for own, value in given.items() if isinstance(value, int | float)})
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything a plan is made from.
+
+    Attributes:
+        model: the base and its projections.
+        pool: the experts.
+        cluster: the ranks.
+        stages: those that run, in order.
+        base_bytes: of a base weight, and of an activation: 2 or 4.
+        four_bit: whether the base is stored in 4 bits.
+        checkpointing: whether a layer's activations are computed again in the backward pass.
+        dropout: whether experts' inputs are dropped.
+        engine: of DeepSpeed's buffers.
+        mode: ``auto`` or the one asked for.
+        zero_stage: None or the one asked for.
+        expert_parallel_size: None or the one asked for.
+        available_modes: those that the trainer runs.
+        only_available: whether to choose among those alone.
+    """
+
+    model: ModelShape
+    pool: Pool
+    cluster: Cluster
+    stages: tuple[StageShape, ...]
+    base_bytes: int = 2
+    four_bit: bool = False
+    checkpointing: bool = False
+    dropout: bool = False
+    engine: EngineSizes = field(default_factory=EngineSizes)
+    mode: str = "auto"
+    zero_stage: int | None = None
+    expert_parallel_size: int | None = None
+    available_modes: tuple[str, ...] = MODES
+    only_available: bool = True

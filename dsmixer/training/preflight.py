@@ -1,0 +1,89 @@
+"""What can be found wrong with a run before the base's weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dsmixer.adapters.importing import Pool, check_paths, read_pool
+from dsmixer.checkpoint.restore import newest_checkpoint, read_state
+from dsmixer.config.checks import check_domain_experts, check_routing
+from dsmixer.config.errors import UserError
+from dsmixer.config.recipe import LoadedRecipe
+from dsmixer.config.schema import Recipe
+from dsmixer.data.chat import rendered
+from dsmixer.model.load import bare_base, load_tokenizer
+from dsmixer.model.targets import find_targets
+from dsmixer.training.data import RunData, load_run_data
+
+
+def check_stage_order(recipe: Recipe, stages: Sequence[int], checkpoints: Path) -> None:
+    """Refuse stage two by itself where stage one is still to come.
+
+    Args:
+        recipe: the run's.
+        stages: asked for in this call.
+        checkpoints: of stage one.
+
+    Raises:
+        UserError: stage one has no finished checkpoint.
+    """
+    if not recipe.stage1.enabled or 1 in stages:
+        return
+    path = newest_checkpoint(checkpoints, lambda _: None)
+    if path is None or not read_state(path).finished:
+        raise UserError(
+            "stage one of this run is not finished",
+            where=str(checkpoints),
+            fix="run the same command with --stages 1 or without --stages first",
+        )
+
+
+def read_inputs(loaded: LoadedRecipe, quarantine: Path | None) -> tuple[RunData, Pool | None]:
+    """Read data and adapters, and hold them and the recipe against the base's structure.
+
+    Args:
+        loaded: the checked recipe.
+        quarantine: file for bad records that are skipped; None: they are only counted.
+
+    Raises:
+        UserError: the base is of a kind that can't be trained here, a target is not in it, or records or
+            adapters are bad or do not fit it.
+    """
+    recipe = loaded.recipe
+    bare = bare_base(recipe.base, packing=recipe.data.packing)
+    targets = [target.path for target in find_targets(bare, recipe.mixer.targets)]
+    pool = read_recipe_pool(recipe)
+    if pool is not None:
+        check_paths(pool, bare, targets)
+    data = load_run_data(recipe, quarantine)
+    names = data.expert_names(recipe)
+    if recipe.data.source is not None:
+        check_domain_experts(loaded, [domain.expert for domain in data.domains], names)
+    if recipe.stage2.enabled:
+        check_routing(loaded, names)
+    check_conversations(data, load_tokenizer(recipe.base.model, recipe.base.revision))
+    return data, pool
+
+
+def read_recipe_pool(recipe: Recipe) -> Pool | None:
+    """The ready-made adapters that the recipe names as experts."""
+    specs = recipe.mixer.experts or ()
+    folders = {spec.name: spec.path for spec in specs if spec.path is not None}
+    return read_pool(folders) if folders else None
+
+
+def check_conversations(data: RunData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put conversations through the chat template now, where they would be read only hours later.
+
+    Those are the routers' and the test examples; of the train examples, which are read next, the first.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template refuses a conversation.
+    """
+    first = [example for domain in data.domains for example in domain.train[:1]]
+    tests = [example for domain in data.domains for example in domain.test]
+    for example in (*first, *tests, *data.router_examples):
+        rendered(example, tokenizer)

@@ -1,0 +1,127 @@
+"""One rank of ``dist/test_plan_bytes.py``: real engines, and the bytes of all tensors alive at four points.
+
+``loaded``: model and mixers, before the engine. ``engine``: with the engine and its optimizer.
+``accumulated``: after the first of two micro-batches. ``backward``: after the second, before the optimizer's
+step. Beside them ``weights``: what the model's parameters keep when nothing is gathered.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dsmixer.model.inject import Mixture, attach_mixers
+from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.training.engine import start_engine
+from dsmixer.training.optimizer import AdamSettings
+
+BUCKET = 8192
+CASES = [
+    *((stage, trained) for stage in range(4) for trained in ("experts", "all")),
+    (2, "routers"),
+    (3, "routers"),
+]
+EXPERTS = ("a", "b", "c", "d", "e")
+MIXER: dict[str, Any] = {"targets": ["q", "k", "v", "o"], "experts": EXPERTS, "rank": 8, "top_k": 2}
+
+
+def llama_config() -> LlamaConfig:
+    """Wide enough that weights outweigh what an engine keeps for itself."""
+    return LlamaConfig(
+        vocab_size=260,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+
+
+def live_bytes(*models: nn.Module) -> int:
+    """Bytes of all tensors alive in this process, each piece of memory once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    for parameter in [p for model in models for p in model.parameters()]:
+        tensors.append(parameter.data)
+        if parameter.grad is not None:
+            tensors.append(parameter.grad)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
+    }
+    return sum(storages.values())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters on this rank, as DeepSpeed keeps them."""
+    return sum(p.numel() * p.element_size() for p in map(kept_part, model.parameters()))
+
+
+def kept_part(parameter: nn.Parameter) -> torch.Tensor:
+    part: torch.Tensor = getattr(parameter, "ds_tensor", parameter.data)
+    return part
+
+
+def new_mixture() -> Mixture:
+    model = AutoModelForCausalLM.from_config(llama_config(), dtype=torch.float32)
+    return attach_mixers(model, MixerConfig(**MIXER))
+
+
+def ds_config(stage: int, accumulation: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": 200,
+        },
+    }
+
+
+def measure(stage: int, trained: str) -> dict[str, int]:
+    before = live_bytes()
+    mixture = new_mixture()
+    experts, routers = list(mixture.expert_parameters()), list(mixture.router_parameters())
+    parameters = {"experts": experts, "all": [*experts, *routers], "routers": routers}[trained]
+    found = {"loaded": live_bytes(mixture.model) - before}
+    started = start_engine(mixture, parameters, AdamSettings(), ds_config(stage, 2))
+    if trained == "all":
+        started.optimizer.hold_origin()
+    found["engine"] = live_bytes(mixture.model) - before
+    found["weights"] = weight_bytes(mixture.model)
+    ids = torch.arange(12)[None]
+    for i in range(2):
+        started.engine.backward(started.engine(input_ids=ids, use_cache=False).logits.square().mean())
+        if i == 0:
+            started.engine.step()
+            found["accumulated"] = live_bytes(mixture.model) - before
+    found["backward"] = live_bytes(mixture.model) - before
+    started.release()
+    return found
+
+
+def main(folder: Path) -> None:
+    deepspeed.init_distributed("gloo", verbose=False)
+    torch.set_num_threads(1)
+    found = {f"zero{stage}_{trained}": measure(stage, trained) for stage, trained in CASES}
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

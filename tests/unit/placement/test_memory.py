@@ -1,0 +1,126 @@
+"""Bytes a rank against figures worked by hand and against real models on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from unit.placement.llama3 import STAGE1, STAGE2, llama3_8b, llama3_shape, request
+
+from dsmixer.experts.bank import padded_rank
+from dsmixer.model.count import count_weights
+from dsmixer.model.inject import attach_mixers
+from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.placement.memory import Layout, base_bytes, expert_weights, rank_bytes, router_weights
+from dsmixer.placement.request import FLOAT32, Pool
+
+BASE = 8_030_261_248
+EXPERTS = 327_155_712  # six of rank 64: 6 · 32 · 64 · 26,624
+ROUTERS = 3_145_728
+
+
+@pytest.mark.parametrize("router", ["per_projection", "per_block"])
+@pytest.mark.parametrize("ranks", [(64,) * 6, (8, 16, 24)])
+def test_counts_are_those_of_the_real_model_with_real_mixers(router: str, ranks: tuple[int, ...]) -> None:
+    """LLaMA3-8B; the plan counts stacked banks, so the padding of unequal ranks as well."""
+    names = [f"e{i}" for i in range(len(ranks))]
+    config = MixerConfig("qkvo", names, ranks=dict(zip(names, ranks, strict=True)), router=router)
+    mixture = attach_mixers(llama3_8b(), config)
+    stacked = sum(p.numel() for _, p in mixture.expert_parameters())
+    plan = replace(request(6, 1), pool=Pool(ranks, (1.0,) * len(ranks), router=router))
+    assert plan.model.num_weights == count_weights(mixture).base == BASE
+    assert plan.pool.rank == padded_rank(ranks)
+    assert expert_weights(plan, len(ranks)) == stacked
+    assert router_weights(plan) == count_weights(mixture).routers
+
+
+def test_the_design_s_figure_for_4096_routers() -> None:
+    assert router_weights(request(4096, 64)) == 32 * 4 * 4096 * 4096 == 2_147_483_648
+    assert router_weights(request(4096, 64, router="per_block")) == 2_147_483_648 // 2
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "base", "experts", "gradients", "copies"),
+    [(0, 1, 1, 1, 2), (1, 1, 1, 1, 3 / 4), (2, 1, 1, 1 / 4, 3 / 4), (3, 1 / 4, 1 / 4, 1 / 4, 3 / 4)],
+)
+def test_six_experts_on_four_ranks_by_hand(
+    zero_stage: int, base: float, experts: float, gradients: float, copies: float
+) -> None:
+    """Shares of the whole; ``copies``: moments and float32 copy."""
+    layout = Layout("weights" if zero_stage == 3 else "replicate", zero_stage, 1, 6)
+    found = rank_bytes(request(6, 4), layout, STAGE1)
+    assert found.base == pytest.approx(2 * BASE * base, rel=1e-3)
+    assert found.experts == 4 * EXPERTS * experts
+    # routers of 24,576 weights are below DeepSpeed's persistence threshold: whole beside their part
+    assert found.routers == 4 * ROUTERS * (experts + (zero_stage == 3))
+    assert found.gradients == 4 * EXPERTS * gradients
+    assert found.optimizer == 4 * EXPERTS * copies
+
+
+def test_stage_two_adds_the_routers_and_the_origin() -> None:
+    found = rank_bytes(request(6, 4), Layout("replicate", 2, 1, 6), STAGE2)
+    assert found.gradients == EXPERTS + ROUTERS
+    assert found.optimizer == 4 * (EXPERTS + ROUTERS)
+    frozen = replace(STAGE2, trains_experts=False, keeps_origin=False)
+    assert rank_bytes(request(6, 4), Layout("replicate", 2, 1, 6), frozen).optimizer == 3 * ROUTERS
+
+
+def test_in_tokens_mode_a_rank_holds_its_own_experts_and_zero_cuts_over_their_owners() -> None:
+    """64 experts on EP 4 x EDP 2: 16 held, cut in two; the base over all eight."""
+    found = rank_bytes(request(64, 8), Layout("tokens", 3, 4, 16), STAGE1)
+    assert found.experts == 4 * EXPERTS * 16 // 6 // 2
+    assert found.base == pytest.approx(2 * BASE / 8, rel=1e-2)
+
+
+def test_a_four_bit_base_is_whole_on_every_rank_and_keeps_embeddings_and_head() -> None:
+    packed = replace(request(6, 8), four_bit=True)
+    outside = 2 * 128256 * 4096 + 65 * 4096  # embeddings, head, norms
+    held = int((BASE - outside) * 0.5625)
+    assert base_bytes(packed, Layout("replicate", 2, 1, 6)) == held + 2 * outside
+    assert base_bytes(packed, Layout("weights", 3, 1, 6)) == held + 2 * outside // 8
+
+
+def test_this_start_holds_the_whole_pool_before_it_is_cut() -> None:
+    found = rank_bytes(request(64, 8), Layout("weights", 3, 1, 64), STAGE1)
+    assert found.start > 4 * expert_weights(request(64, 8), 64)
+    assert found.start < found.base + 4 * expert_weights(request(64, 8), 64) * 1.2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 300),
+    st.sampled_from([1, 2, 4, 8, 64]),
+    st.integers(0, 3),
+    st.sampled_from([STAGE1, STAGE2]),
+)
+def test_more_ranks_never_hold_more_and_the_peak_covers_all_that_is_held(
+    experts: int, world: int, zero: int, stage: object
+) -> None:
+    layout = Layout("weights" if zero == 3 else "replicate", zero, 1, experts)
+    one, two = (rank_bytes(request(experts, w), layout, stage) for w in (world, 2 * world))  # type: ignore[arg-type]
+    assert two.held <= one.held
+    assert one.peak >= one.held + one.activations
+    assert one.peak >= one.start
+
+
+def test_six_experts_on_one_card_with_a_four_bit_base_stay_below_15_gb() -> None:
+    """The design's promise for float32 AdamW at sequence 1024, batch 1."""
+    plan = replace(request(6, 1), four_bit=True)
+    found = rank_bytes(plan, Layout("replicate", 0, 1, 6), STAGE2)
+    assert found.peak < 15e9
+    assert found.held == found.base + 4 * (EXPERTS + ROUTERS) * (1 + 1 + 3)
+
+
+def test_the_shape_knows_llama_s_layers() -> None:
+    layer = llama3_shape().layer
+    assert (layer.hidden, layer.mlp, layer.gated, layer.query, layer.key_value) == (
+        4096,
+        14336,
+        True,
+        4096,
+        1024,
+    )
+    assert llama3_shape().width == 32 * 26_624
+    assert FLOAT32 == 4
