@@ -199,7 +199,7 @@ def _draw_color_bar(axes: Axes, heat_map: HeatMap, mesh: QuadMesh) -> None:
         ticks = np.linspace(heat_map.low, heat_map.high, 5).tolist()
         bar.set_ticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
     bar.set_label(heat_map.unit)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _name_cells(axes: Axes, heat_map: HeatMap, centers: np.ndarray) -> None:

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# All checks that a change has to pass: bash launch/test.sh [arguments of pytest]
+#
+# Makes .venv with the test extras; ruff, mypy, then the tests on the CPU, without a network. A path among the
+# arguments takes the place of the whole test tree: bash launch/test.sh tests/unit/data -k packing
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+prepare_environment test
+export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+began=$SECONDS
+ruff check .
+ruff format --check --quiet . || fail "some files are not formatted" "run: .venv/bin/ruff format ."
+mypy dsmixer
+
+paths=()
+for folder in unit dist parity real reliability; do
+    if [[ -n "$(find "tests/$folder" -name 'test_*.py' -print -quit 2>/dev/null)" ]]; then
+        paths+=("tests/$folder")
+    fi
+done
+for argument in "$@"; do
+    if [[ -e "${argument%%::*}" ]]; then
+        paths=()
+    fi
+done
+python -m pytest -q -ra --durations=10 ${paths[@]+"${paths[@]}"} "$@"
+echo "all checks: $((SECONDS - began)) s"

@@ -1,0 +1,191 @@
+"""Every kind of bad input ends with one message that names place and fix, and exit code 2; no file changes.
+
+``pytest -s`` prints the table of cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support import bad_folders, bad_recipes, bad_sources
+from support.bad_input import CASES, Site, fill
+from support.launching import REPOSITORY, launch, launch_environment
+from support.tiny import write_base
+
+assert bad_recipes and bad_sources and bad_folders  # importing them fills CASES
+
+PREFIX = "dsmixer: error: "
+WRONG_INPUT = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A command that went wrong, and what is on disk before and after it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    says: list[str]
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base models: llama, gpt2 (fused qkv), and the configuration of a T5."""
+    from transformers import T5Config
+
+    folder = tmp_path_factory.mktemp("bases")
+    write_base(folder / "llama")
+    write_base(folder / "gpt2", "gpt2")
+    T5Config(num_layers=1, d_model=16).save_pretrained(folder / "t5")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[dict[str, Outcome]]:
+    """All cases, run one after the other in one process."""
+    root = tmp_path_factory.mktemp("bad")
+    sites = {name: Site(root / f"{i:02}", bases) for i, name in enumerate(CASES)}
+    asked = {name: spoil(sites[name]) for name, spoil in CASES.items()}
+    before = {name: site.tree() for name, site in sites.items()}
+    commands, results = root / "commands.json", root / "results.json"
+    commands.write_text(json.dumps({name: arguments for name, (arguments, _) in asked.items()}))
+    script = REPOSITORY / "tests" / "support" / "run_commands.py"
+    done = run([str(script), str(commands), str(results)])
+    assert done.returncode == 0, done.stderr
+    found = {
+        name: Outcome(**result, says=asked[name][1], before=before[name], after=sites[name].tree())
+        for name, result in json.loads(results.read_text()).items()
+    }
+    yield found
+    print(table(found))
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A Python process as a user starts it, without a launcher."""
+    environment = launch_environment()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    rows = [f"\n{len(outcomes)} kinds of bad input\n{'case':<44} exit  message"]
+    for name, outcome in outcomes.items():
+        said = [line for line in outcome.stderr.splitlines() if "error:" in line] or ["(nothing)"]
+        rows.append(f"{name:<44} {outcome.returncode:>4}  {said[0].removeprefix(PREFIX)}")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_bad_input_ends_with_one_message_that_names_place_and_fix_and_changes_nothing(
+    name: str, outcomes: dict[str, Outcome]
+) -> None:
+    outcome = outcomes[name]
+    assert outcome.returncode == WRONG_INPUT, outcome.stderr
+    assert outcome.stderr.count("error:") == 1, outcome.stderr
+    assert "Traceback" not in outcome.stderr + outcome.stdout
+    missing = [text for text in outcome.says if text not in outcome.stderr]
+    assert not missing, f"{missing} not in\n{outcome.stderr}"
+    assert outcome.after == outcome.before
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("unknown stage", "unknown command")])
+def test_nothing_but_the_message_is_on_standard_error(name: str, outcomes: dict[str, Outcome]) -> None:
+    stderr = outcomes[name].stderr
+    assert stderr.startswith(PREFIX)
+    assert "\n  Fix: " in stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a given size; it is gone after the test."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() != 0:
+            pytest.skip("only root can mount a small disk")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"a small disk can't be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def launch_train(site: Site, *more: str) -> tuple[int, str]:
+    """``deepspeed --num_accelerators 2 launch/train.py``, the real command."""
+    arguments = ["--config", str(site.recipe), *more]
+    done = launch(REPOSITORY / "launch" / "train.py", arguments, ranks=2)
+    return done.returncode, done.output
+
+
+def test_a_full_disk_is_refused_before_the_base_is_loaded(
+    tmp_path: Path, bases: Path, small_disk: Callable[[str], Path]
+) -> None:
+    site, disk = Site(tmp_path / "site", bases), small_disk("64k")
+    fill(disk)
+    before = {path.name: path.stat().st_size for path in disk.iterdir()}
+    done = run(["launch/train.py", "--config", str(site.recipe), f"run.dir={disk}"])
+    assert done.returncode == WRONG_INPUT, done.stderr
+    assert (
+        done.stderr.startswith(f"{PREFIX}{disk}: no space left") and "\n  Fix: free some space" in done.stderr
+    )
+    assert {path.name: path.stat().st_size for path in disk.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_in_training_ends_both_ranks_with_one_message_and_whole_files(
+    tmp_path: Path, bases: Path, small_disk: Callable[[str], Path]
+) -> None:
+    site, disk = Site(tmp_path / "site", bases), small_disk("1300k")
+    more = [f"run.dir={disk}", "mixer.rank=256", "stage1.global_batch_size=2", "stage2.global_batch_size=2"]
+    returncode, output = launch_train(site, *more)
+    assert returncode == WRONG_INPUT, output
+    assert output.count(PREFIX) == 1 and "Traceback" not in output, output
+    assert "No space left on device" in output and "Fix: free some space" in output and str(disk) in output
+    left = [path.name for path in disk.rglob("*") if path.name.startswith((".saving-", "."))]
+    assert left == []
+    assert (disk / "mini" / "config.yaml").is_file()
+
+
+def test_under_the_launcher_two_ranks_give_one_message_and_the_exit_code(tmp_path: Path, bases: Path) -> None:
+    site = Site(tmp_path / "site", bases)
+    path = site.data("chess.jsonl", '{"prompt": "a"}\n')
+    before = site.tree()
+    returncode, output = launch_train(site, "stage1.global_batch_size=2", "stage2.global_batch_size=2")
+    assert returncode == WRONG_INPUT, output
+    assert output.count(PREFIX) == 1 and f"{path}:1: completion" in output and "Traceback" not in output
+    assert site.tree() == before
+
+
+def test_a_recipe_that_failed_can_be_mended_and_run_under_the_same_name(tmp_path: Path, bases: Path) -> None:
+    site = Site(tmp_path / "site", bases)
+    good = site.recipe.read_text()
+    site.change("targets: [q, v]", "targets: [q, wisdom_proj]")
+    script = [str(REPOSITORY / "launch" / "train.py"), "--config", str(site.recipe)]
+    assert run(script).returncode == WRONG_INPUT
+    site.recipe.write_text(good)
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+    assert (site.run / "mixture" / "mixer_config.json").is_file()

@@ -1,0 +1,138 @@
+"""``dsmixer plan`` from the command line: tables, JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from dsmixer.cli.main import main
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Three domains whose data is not there, on a hub model that is out of reach."""
+    values = {
+        "base": {"model": "somebody/some-llama"},
+        "data": {"domains": [{"name": name, "train": f"{name}.jsonl"} for name in ("law", "chess", "code")]},
+        "mixer": {"rank": 8, "dropout": 0.0},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(folder)
+    return folder
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+    assert main(["plan", *map(str, arguments), "--json"]) == 0
+    values: dict[str, object] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_json_holds_the_choice_and_marks_what_this_version_does_not_run(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(
+        capsys, "--config", recipe, "--model-config", config, "--world-size", 4, "--device-memory", "24GB"
+    )
+    assert plan["fits"] is True and plan["device_memory"] == 24 * 2**30
+    available = {layout["mode"]: layout["available"] for layout in plan["layouts"]}  # type: ignore[attr-defined]
+    assert available == {"replicate": True, "weights": True, "tokens": False}
+    assert plan["runnable"]["mode"] in ("replicate", "weights")  # type: ignore[index]
+
+
+def test_the_file_config_json_and_its_folder_are_the_same(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = planned(capsys, "--config", recipe, "--model-config", config, "--world-size", 2)
+    two = planned(capsys, "--config", recipe, "--model-config", config / "config.json", "--world-size", 2)
+    assert one == two
+
+
+def test_a_larger_pool_and_its_tokens_can_be_asked_for(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--config", recipe, "placement.mode=tokens", "--model-config", config, "--world-size", 2)
+    assert planned(capsys, *common, "--experts", 40)["num_experts"] == 40
+    plan = planned(capsys, *common, "--tokens", "law=6e9", "--tokens", "chess=1e9", "--tokens", "code=1e9")
+    assert len(plan["owners"]["law"]) == 2  # type: ignore[index]
+
+
+def test_the_table_names_the_choice_the_bytes_and_the_reason(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["--config", recipe, "--model-config", config, "--world-size", 4, "--device-memory", "24GB"]
+    assert main(["plan", *map(str, command)]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "3 experts of rank 8 on 4 ranks",
+        "fits",
+        "optimizer",
+        "not yet",
+        "tokens",
+        "why:",
+        "3·R·E·Σ(D+O)",
+    ):
+        assert text in shown, text
+
+
+def test_where_nothing_fits_it_still_ends_well_and_says_what_would(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--config", recipe, "--model-config", config, "--world-size", 1)
+    plan = planned(capsys, *common, "--device-memory", "3MB")
+    assert plan["fits"] is False and plan["remedies"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model-config", "nowhere"], ("nowhere", "no such file")),
+        ([], ("base.model: somebody/some-llama", "Fix")),
+        (["--tokens", "poetry=3"], ("poetry", "law")),
+        (["--tokens", "law=many"], ("many", "NAME=3e9")),
+        (["--tokens", "law=3"], ("chess, code",)),
+        (["placement.expert_parallel_size=3"], ("expert_parallel_size", "divisor of 4")),
+        (["placement.mode=weights", "deepspeed.zero_stage=2"], ("weights", "ZeRO 2")),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    recipe: Path,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    overrides = [text for text in arguments if text[0] != "-" and "." in text]
+    flags = [text for text in arguments if text not in overrides]
+    model = [] if "--model-config" in flags or not arguments else ["--model-config", str(config)]
+    command = ["plan", "--config", str(recipe), *overrides, "--world-size", "4", *model, *flags]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("size", ["80 elephants", "0GB", "-3GB"])
+def test_a_size_that_is_none_is_refused(recipe: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--config", str(recipe), "--world-size", "1", f"--device-memory={size}"])
+    assert stopped.value.code == 2 and "80GB" in capsys.readouterr().err
