@@ -170,7 +170,10 @@ def fill_experts(mixture: Mixture, pool: Pool) -> None:
     check_paths(pool, mixture.model, mixture.mixers)
     for path, mixer in mixture.mixers.items():
         for name in pool.adapters:
-            index = mixture.expert_names.index(name)
+            expert = mixture.expert_names.index(name)
+            if expert not in mixture.placement.layout.local:
+                continue
+            index = mixture.placement.layout.local.index(expert)
             matrices = pool.matrices(name, path)
             if matrices is None:
                 mixer.bank.lora_A[index].zero_()

@@ -202,18 +202,17 @@ def check_routing(loaded: LoadedRecipe, names: list[str] | None) -> None:
 def _check_placement(loaded: LoadedRecipe) -> None:
     placement, zero = loaded.recipe.placement, resolved_zero_stage(loaded.recipe)
     where = loaded.where("placement.mode")
-    if placement.mode == "tokens":
-        fix = "write replicate, or weights with deepspeed.zero_stage: 3"
-        raise UserError("tokens is not supported by this version", where=where, fix=fix)
-    if placement.expert_parallel_size not in ("auto", 1):
-        problem = (
-            f"spreading experts over {placement.expert_parallel_size} ranks is not supported by this version"
-        )
-        raise UserError(problem, where=loaded.where("placement.expert_parallel_size"), fix="write auto or 1")
+    if placement.expert_parallel_size not in ("auto", 1) and placement.mode != "tokens":
+        problem = f"experts are spread over {placement.expert_parallel_size} ranks in mode tokens only"
+        size_where = loaded.where("placement.expert_parallel_size")
+        raise UserError(problem, where=size_where, fix="write placement.mode: tokens, or auto here")
     stage_where = loaded.where("deepspeed.zero_stage")
     if placement.mode == "replicate" and zero == 3:
         problem = f"replicate does not go with ZeRO stage 3 ({stage_where})"
         raise UserError(problem, where=where, fix="write weights or auto, or deepspeed.zero_stage: 2")
+    if placement.mode == "tokens" and zero == 0:
+        problem = f"tokens does not go with ZeRO stage 0 ({stage_where})"
+        raise UserError(problem, where=where, fix="write deepspeed.zero_stage: 1, 2 or 3")
     if placement.mode == "weights" and zero != 3:
         problem = f"weights goes with ZeRO stage 3 only, not {zero} ({stage_where})"
         raise UserError(problem, where=where, fix="write replicate or auto, or deepspeed.zero_stage: 3")

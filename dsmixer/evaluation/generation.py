@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from dsmixer.evaluation.scoring import Row, row_of
-from dsmixer.evaluation.sharing import batches_of, dealt, device_of, is_partitioned, summed, world
+from dsmixer.evaluation.sharing import batches_of, dealt, device_of, needs_company, summed, world
 from dsmixer.evaluation.sheet import Sheet
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for the first bytes of a letter
@@ -46,7 +46,7 @@ def match_rows(
     device, store = device_of(model), sheet.store
     matched_M = torch.zeros(len(store), dtype=torch.int64)
     # under ZeRO-3 a rank that is done has to go on entering the modules until all are
-    synced = is_partitioned(model) and world()[1] > 1
+    synced = needs_company(model) and world()[1] > 1
     for batch in dealt(batches_of(rows, store.target_starts.tolist(), batch_size)):
         prompts = [store.input_ids(row)[: store.target_starts[row]].tolist() for row in batch]
         wanted = [

@@ -45,9 +45,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the weights, so that all ranks have to enter every module together."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+def needs_company(model: nn.Module) -> bool:
+    """Whether all ranks have to enter every module together: ZeRO-3 gathers there, or tokens travel."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return True
+    attached = getattr(model, "dsmixer", None)
+    return attached is not None and attached.mixture.placement.exchange.travels
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -43,6 +43,7 @@ class ExpertBank(nn.Module):
         alphas: PEFT's ``lora_alpha`` of each expert.
         rslora: scale by ``alpha / sqrt(R)``.
         compute: ``auto``, ``loop``, ``dense`` or ``grouped``.
+        rank: R, padded; None for what ``ranks`` needs. Banks of one projection on several ranks share it.
         device: where the weights live; ``meta`` counts without allocating.
     """
 
@@ -56,16 +57,17 @@ class ExpertBank(nn.Module):
         alphas: Sequence[float],
         rslora: bool = False,
         compute: str = "auto",
+        rank: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.names = tuple(names)
         self.in_features, self.out_features = in_features, out_features
         self.ranks, self.alphas, self.rslora = tuple(ranks), tuple(alphas), rslora
-        rank = padded_rank(ranks)
+        self.rank = padded_rank(ranks) if rank is None else rank
         self.compute = compute
-        self.lora_A = nn.Parameter(torch.zeros(len(names), rank, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(len(names), rank, out_features, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(len(names), self.rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(len(names), self.rank, out_features, device=device))
         scaling = [lora_scaling(r, a, rslora) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)]
         self.scaling = tuple(scaling)
         self._scaling_on: dict[torch.device, torch.Tensor] = {}
@@ -73,11 +75,6 @@ class ExpertBank(nn.Module):
     @property
     def num_experts(self) -> int:
         return len(self.names)
-
-    @property
-    def rank(self) -> int:
-        """R, padded."""
-        return padded_rank(self.ranks)
 
     def scaling_on(self, device: torch.device) -> torch.Tensor:
         """``s`` of each expert, ``[E]`` float32, kept on each device it was asked for."""

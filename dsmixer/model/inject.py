@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from dsmixer.config.errors import UserError
-from dsmixer.experts.bank import ExpertBank
+from dsmixer.experts.bank import ExpertBank, padded_rank
 from dsmixer.experts.init import named_generator, normal_rows
 from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.model.targets import Target, find_targets
+from dsmixer.placement.exchange import Placement, local_placement
 from dsmixer.routing.context import RoutingContext
 from dsmixer.routing.modes import Routing
 from dsmixer.routing.router import Router
@@ -31,6 +32,7 @@ class Mixture:
         routers: the routers by the path of the projection that owns each, in the order of their index in
             the statistics.
         context: shared by all mixers.
+        placement: which experts are on this rank.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Mixture:
     mixers: dict[str, MixedLinear]
     routers: dict[str, Router]
     context: RoutingContext
+    placement: Placement
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -55,11 +58,16 @@ class Mixture:
             yield f"{path}.router.weight", router.weight
 
 
-def attach_mixers(model: nn.Module, config: MixerConfig) -> Mixture:
+def attach_mixers(model: nn.Module, config: MixerConfig, placement: Placement | None = None) -> Mixture:
     """Freeze ``model`` and put a pool of experts and a router on each projection that ``config`` names.
 
     The model is changed in place. Its experts start as PEFT's LoRA does, so that the outputs are those of
     the base until something trains. Outside ``route_to`` it routes by its routers.
+
+    Args:
+        model: a transformers model.
+        config: the pool and its projections.
+        placement: the experts of this rank; None: all of them. An expert starts the same wherever it is.
 
     Raises:
         UserError: a target is not there, or the model has mixers already.
@@ -70,6 +78,7 @@ def attach_mixers(model: nn.Module, config: MixerConfig) -> Mixture:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     context = RoutingContext(len(config.experts), config.default_routing())
+    placement = local_placement(len(config.experts)) if placement is None else placement
     mixers: dict[str, MixedLinear] = {}
     routers: dict[str, Router] = {}
     leaders: dict[str, tuple[int, Router]] = {}
@@ -80,11 +89,11 @@ def attach_mixers(model: nn.Module, config: MixerConfig) -> Mixture:
             leaders[slot] = (len(leaders), _new_router(model, target, config))
             routers[target.path] = leaders[slot][1]
         index, router = leaders[slot]
-        mixers[target.path] = _mix(model, target, config, context, router, index, owns_router)
+        mixers[target.path] = _mix(model, target, config, context, placement, router, index, owns_router)
     for path, mixer in mixers.items():
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, mixer)
-    mixture = Mixture(model, config, mixers, routers, context)
+    mixture = Mixture(model, config, mixers, routers, context, placement)
     model.dsmixer = _Attached(mixture)  # type: ignore[assignment]
     return mixture
 
@@ -127,19 +136,22 @@ def _mix(
     target: Target,
     config: MixerConfig,
     context: RoutingContext,
+    placement: Placement,
     router: Router,
     index: int,
     owns_router: bool,
 ) -> MixedLinear:
     base = model.get_submodule(target.path)
+    here = placement.layout.local
     bank = ExpertBank(
-        config.experts,
+        [config.experts[e] for e in here],
         target.in_features,
         target.out_features,
-        ranks=config.rank_list,
-        alphas=config.alpha_list,
+        ranks=[config.rank_list[e] for e in here],
+        alphas=[config.alpha_list[e] for e in here],
         rslora=config.rslora,
         compute=config.compute,
+        rank=padded_rank(config.rank_list),
         device=_device_of(base),
     )
     bank.start(config.seed, target.path)
@@ -149,6 +161,7 @@ def _mix(
         router,
         router_index=index,
         context=context,
+        exchange=placement.exchange,
         dropout=config.dropout,
         shared=config.router == "per_block" and set(target.roles) <= set("qkv"),
         owns_router=owns_router,

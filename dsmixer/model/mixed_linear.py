@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsmixer.experts.bank import ExpertBank
+from dsmixer.placement.exchange import Dispatched, Exchange, LocalExchange
 from dsmixer.routing.context import RoutingContext
 from dsmixer.routing.router import Router
 
@@ -22,6 +23,7 @@ class MixedLinear(nn.Module):
         router: the router that chooses among them.
         router_index: row of the router in the step's statistics.
         context: shared by all mixers of the model.
+        exchange: brings tokens to their experts; None: all experts are here.
         dropout: probability; one mask a token for all experts of the mixer.
         shared: whether other projections of the block use the same router.
         owns_router: whether the router's weights are registered here. With one router a block, the first
@@ -36,6 +38,7 @@ class MixedLinear(nn.Module):
         *,
         router_index: int,
         context: RoutingContext,
+        exchange: Exchange | None = None,
         dropout: float = 0.0,
         shared: bool = False,
         owns_router: bool = True,
@@ -47,6 +50,7 @@ class MixedLinear(nn.Module):
             self.router = router
         # a plain tuple keeps context and a foreign router out of this module's state
         self._outside: tuple[RoutingContext, Router] = (context, router)
+        self.exchange: Exchange = LocalExchange() if exchange is None else exchange
         self.router_index, self.shared, self.owns_router = router_index, shared, owns_router
         self.dropout = dropout
 
@@ -63,9 +67,16 @@ class MixedLinear(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         shared_input = x if self.shared else None
         assignment = context.assign(router, self.router_index, x_TD, shared_input=shared_input)
-        if self.training and self.dropout > 0.0:
-            x_TD = F.dropout(x_TD, self.dropout)
-        return y + self.bank(x_TD, assignment).view_as(y)
+
+        def dispatch() -> Dispatched:
+            dropped_TD = F.dropout(x_TD, self.dropout) if self.training and self.dropout else x_TD
+            return self.exchange.dispatch(dropped_TD, assignment)
+
+        # one exchange serves a block; where nothing travels, each projection drops inputs by itself
+        travels = self.shared and self.exchange.travels
+        sent = context.once_a_block(assignment, dispatch) if travels else dispatch()
+        delta_TO = self.exchange.combine(self.bank(sent.x_MD, sent.assignment), sent)
+        return y + delta_TO.view_as(y)
 
     def __getattr__(self, name: str) -> Any:
         # transformers asks projections for their weight's dtype or device, and for in_features

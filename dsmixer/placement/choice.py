@@ -64,7 +64,10 @@ def candidates(request: PlanRequest) -> list[Candidate]:
     Raises:
         UserError: the request's mode, ZeRO stage and EP go together in no layout.
     """
-    owners = {ep: assign_owners(request.pool.tokens, ep) for ep in _expert_parallel_sizes(request)}
+    owners = {
+        ep: assign_owners(request.pool.tokens, ep, several=request.several_owners)
+        for ep in _expert_parallel_sizes(request)
+    }
     found = [
         _candidate(request, layout, owners[layout.expert_parallel_size])
         for layout in _layouts(request, owners)

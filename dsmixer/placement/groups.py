@@ -8,13 +8,19 @@ tensors together again. Parity tests over the ZeRO stages hold it to the pinned 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
+
+from dsmixer.placement.exchange import Placement, TokenExchange
+from dsmixer.placement.layout import ExpertLayout
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather_full(
-    engine: Any, of: list[Shard], flat_of: Callable[[int], torch.Tensor]
+    engine: Any, of: list[Shard], layout: ExpertLayout, flat_of: Callable[[int], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Whole tensors from the shards of all ranks, float32 on the CPU, by parameter name.
 
@@ -165,6 +171,7 @@ def gather_full(
     Args:
         engine: the DeepSpeed engine.
         of: ``shards(engine)``.
+        layout: the experts of this rank; a bank comes out with all experts of the pool.
         flat_of: index of a shard to the flat tensor to read: its weights, or a moment of the same shape.
     """
     where: dict[str, list[tuple[int, Piece]]] = {}
@@ -175,51 +182,181 @@ def gather_full(
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        full = torch.zeros(full_shape(parameter), dtype=torch.float32, device=engine.device)
+        shape = whole_shape(name, full_shape(parameter), layout)
+        full = torch.zeros(shape, dtype=torch.float32, device=engine.device)
         for i, piece in where.get(name, ()):
-            run = flat_of(i)[piece.flat_start : piece.flat_start + piece.numel]
-            full.view(-1)[piece.param_start : piece.param_start + piece.numel].copy_(run)
+            for run in runs_of(piece, layout):
+                run.of_whole(full).copy_(run.of_flat(flat_of(i)))
         whole[name] = sum_over_partitions(engine, full).cpu()
     return whole
 
 
 @torch.no_grad()
 def scatter_full(
-    of: list[Shard], whole: Mapping[str, torch.Tensor], flat_of: Callable[[int], torch.Tensor]
+    of: list[Shard],
+    layout: ExpertLayout,
+    whole: Mapping[str, torch.Tensor],
+    flat_of: Callable[[int], torch.Tensor],
 ) -> None:
     """The way back: write this rank's pieces of whole tensors into its flat ones."""
     for i, shard in enumerate(of):
-        flat = flat_of(i)
         for piece in shard.pieces:
-            run = whole[piece.name].reshape(-1)[piece.param_start : piece.param_start + piece.numel]
-            flat[piece.flat_start : piece.flat_start + piece.numel].copy_(run)
+            for run in runs_of(piece, layout):
+                run.of_flat(flat_of(i)).copy_(run.of_whole(whole[piece.name]))
 
 
-def whole_parameter(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter's full value on the CPU; under ZeRO-3 a collective that gathers it for a moment."""
+def is_bank(name: str) -> bool:
+    """Whether a parameter is a stack of experts, and not a router."""
+    return ".bank." in name
+
+
+def whole_shape(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[int, ...]:
+    """The shape of a parameter over all ranks: a bank with the whole pool."""
+    return (layout.num_experts, *shape[1:]) if is_bank(name) else shape
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements of one expert (or of a router) that lie together in a partition.
+
+    Attributes:
+        unit: the expert in the pool; None for a router.
+        inside: where they start in the expert's (or router's) flattened weights.
+        flat_start: where they start in the partition.
+        numel: how many.
+    """
+
+    unit: int | None
+    inside: int
+    flat_start: int
+    numel: int
+
+    def of_flat(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.flat_start : self.flat_start + self.numel]
+
+    def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
+        rows = whole.view(1, -1) if self.unit is None else whole.view(whole.shape[0], -1)
+        return rows[self.unit or 0, self.inside : self.inside + self.numel]
+
+
+def runs_of(piece: Piece, layout: ExpertLayout) -> list[Run]:
+    """A piece cut at its experts."""
+    if not is_bank(piece.name):
+        return [Run(None, piece.param_start, piece.flat_start, piece.numel)]
+    width = math.prod(piece.shape[1:])
+    found, done = [], 0
+    while done < piece.numel:
+        place, inside = divmod(piece.param_start + done, width)
+        numel = min(width - inside, piece.numel - done)
+        found.append(Run(layout.local[place], inside, piece.flat_start + done, numel))
+        done += numel
+    return found
+
+
+def whole_parameter(name: str, parameter: nn.Parameter, placement: Placement) -> torch.Tensor:
+    """A parameter's full value over all ranks, on the CPU.
+
+    A collective where ZeRO-3 holds it partitioned, or where experts are spread over ranks.
+    """
+    own = _unpartitioned(parameter)
+    layout, exchange = placement.layout, placement.exchange
+    if not is_bank(name) or layout.size == 1:
+        return own.cpu().clone()
+    whole = own.new_zeros(whole_shape(name, tuple(own.shape), layout))
+    whole[list(layout.local)] = own
+    assert isinstance(exchange, TokenExchange)
+    dist.all_reduce(whole, group=exchange.group)
+    return whole.cpu()
+
+
+def _unpartitioned(parameter: nn.Parameter) -> torch.Tensor:
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu()
+        return parameter.detach()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        whole = parameter.detach().cpu().clone()
-    assert tuple(whole.shape) == full_shape(parameter), "the parameter was not gathered"
-    return whole
+        own = parameter.detach().clone()
+    assert tuple(own.shape) == full_shape(parameter), "the parameter was not gathered"
+    return own
 
 
 @torch.no_grad()
-def set_parameter(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    """Write a parameter's full value, the same on every rank; under ZeRO-3 a collective.
+def set_parameter(parameter: nn.Parameter, own: torch.Tensor) -> None:
+    """Write this rank's value of a parameter, unpartitioned; under ZeRO-3 a collective.
 
     A stage-two engine finds the experts partitioned where stage one ran before it in the same process.
     """
     if not hasattr(parameter, "ds_id"):
-        parameter.copy_(whole)
+        parameter.copy_(own)
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.copy_(whole)
+        parameter.copy_(own)
+
+
+class _ExpertMarker(MoE):
+    """Tells DeepSpeed that the model has experts: ZeRO-1 and 2 look for an instance of its MoE layer."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = 1
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist already."""
+
+
+def expert_parallel_group(size: int) -> dist.ProcessGroup:
+    """The group of this rank's EP ranks, neighbours first; made once for each size."""
+    name = _group_name(size)
+    if name not in deepspeed_groups._get_expert_parallel_group_dict():
+        deepspeed_groups._create_expert_and_data_parallel(size)
+    group: dist.ProcessGroup = deepspeed_groups._get_expert_parallel_group(name)
+    return group
+
+
+def _group_name(size: int) -> str:
+    return f"ep_size_{size}"
+
+
+def spread_experts(model: nn.Module, experts: list[nn.Parameter], size: int, stage: int) -> None:
+    """Mark expert parameters as different on the ranks of a group, before ``deepspeed.initialize``.
+
+    Args:
+        model: gets a marker submodule under ZeRO-1 and 2.
+        experts: ``lora_A`` and ``lora_B`` of all banks.
+        size: EP, above 1.
+        stage: ZeRO 1, 2 or 3.
+    """
+    assert stage > 0, "ZeRO-0 averages the norms of experts over owners (DeepSpeed#8475)"
+    name = _group_name(size)
+    for parameter in experts:
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = name  # type: ignore[attr-defined]
+        if stage == 3:
+            data_group = deepspeed_groups._get_expert_data_parallel_group(name)
+            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_process_group = data_group  # type: ignore[attr-defined]
+    if stage < 3 and not hasattr(model, "dsmixer_experts"):
+        model.add_module("dsmixer_experts", _ExpertMarker())
+
+
+def parameter_groups(
+    experts: list[nn.Parameter], routers: list[nn.Parameter], size: int, stage: int
+) -> list[dict[str, Any]]:
+    """Parameter groups for the optimizer; none is empty."""
+    groups: list[dict[str, Any]]
+    if size == 1 or stage == 3:
+        groups = [{"params": [*experts, *routers], "name": "mixture"}]
+        if stage == 3 and size > 1:
+            groups = [{"params": experts, "name": "experts"}, {"params": routers, "name": "routers"}]
+    else:
+        groups = [
+            {"params": experts, "name": _group_name(size), "moe": True},
+            {"params": routers, "name": "routers"},
+        ]
+    return [group for group in groups if group["params"]]
 
 
 def count_hooks(model: nn.Module) -> int:

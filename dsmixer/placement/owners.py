@@ -45,7 +45,7 @@ class Owners:
         return max(self.loads) * len(self.loads) / total if total else 1.0
 
 
-def assign_owners(tokens: Sequence[float], num_ranks: int) -> Owners:
+def assign_owners(tokens: Sequence[float], num_ranks: int, *, several: bool = True) -> Owners:
     """Give every expert an owner, so that the ranks get about the same training tokens.
 
     An expert with more tokens than a rank's share (the mean over ranks) fills whole ranks; its rest and all
@@ -57,6 +57,8 @@ def assign_owners(tokens: Sequence[float], num_ranks: int) -> Owners:
     Args:
         tokens: training tokens of each expert, 0 or more.
         num_ranks: EP.
+        several: whether a large expert may have several owners; else each has one, and with at least as many
+            experts as ranks no rank is left without.
     """
     share = sum(tokens) / num_ranks
     parts: list[dict[int, float]] = [{} for _ in tokens]
@@ -64,7 +66,7 @@ def assign_owners(tokens: Sequence[float], num_ranks: int) -> Owners:
     for expert, size in enumerate(tokens):
         left = float(size)
         # a share that floating point makes a little too large must not take one rank too many
-        while left > share * (1 + TOLERANCE) and whole < num_ranks:
+        while several and left > share * (1 + TOLERANCE) and whole < num_ranks:
             parts[expert][whole] = share
             left -= share
             whole += 1

@@ -221,6 +221,7 @@ class PlanRequest:
         expert_parallel_size: None or the one asked for.
         available_modes: those that the trainer runs.
         only_available: whether to choose among those alone.
+        several_owners: whether a large expert may have several owners in a group.
     """
 
     model: ModelShape
@@ -237,3 +238,4 @@ class PlanRequest:
     expert_parallel_size: int | None = None
     available_modes: tuple[str, ...] = MODES
     only_available: bool = True
+    several_owners: bool = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from dsmixer.experts.assignment import Assignment
 from dsmixer.routing.modes import Routing, modes
 from dsmixer.routing.router import Router
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
+
+Prepared = TypeVar("Prepared")
 
 # (output of one router, index of the router) -> its loss summed over real tokens, a scalar with graph
 RouterLoss = Callable[[RouterOutput, int], torch.Tensor]
@@ -38,13 +41,15 @@ class BatchRouting:
     domains_T: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _SharedAssignment:
-    """The assignment of the block in work. It holds its input, so that no other can take its address."""
+    """The assignment of the block in work. It holds its input, so that no other can take its address, and
+    what the placement made of it for all projections of the block."""
 
     key: tuple[object, ...]
     x: torch.Tensor
     assignment: Assignment
+    prepared: Any = None
 
 
 def _memory_of(x: torch.Tensor) -> tuple[object, ...]:
@@ -129,6 +134,16 @@ class RoutingContext:
             kept = _SharedAssignment(key, shared_input, self._through_router(router, index, x_TD))
             self._shared = kept
         return kept.assignment
+
+    def once_a_block(self, assignment: Assignment, prepare: Callable[[], Prepared]) -> Prepared:
+        """What ``prepare`` makes of an assignment that projections share, made once for all of them."""
+        kept = self._shared
+        if kept is None or kept.assignment is not assignment:
+            return prepare()
+        if kept.prepared is None:
+            kept.prepared = prepare()
+        prepared: Prepared = kept.prepared
+        return prepared
 
     def _without_router(self, x_TD: torch.Tensor) -> Assignment:
         num_tokens, mode = x_TD.shape[0], self.routing.mode

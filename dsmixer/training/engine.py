@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,12 @@ class StageEngine:
 
     def gather(self, flat_of: Callable[[int], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole tensors on the CPU by parameter name; a collective."""
-        return groups.gather_full(self.engine, self.shards, flat_of)
+        layout = self.mixture.placement.layout
+        return groups.gather_full(self.engine, self.shards, layout, flat_of)
+
+    def scatter(self, whole: Mapping[str, torch.Tensor], flat_of: Callable[[int], torch.Tensor]) -> None:
+        """This rank's part of whole tensors into its shards."""
+        groups.scatter_full(self.shards, self.mixture.placement.layout, whole, flat_of)
 
     def release(self) -> None:
         """Give the model back, without a trace of the engine."""
@@ -62,7 +67,17 @@ def start_engine(
     for _, parameter in trainable:
         parameter.requires_grad_(True)
     parameters = [parameter for _, parameter in trainable]
-    optimizer = ExpertAdamW([{"params": parameters, "name": "mixture"}], len(mixture.expert_names), settings)
+    layout, stage = mixture.placement.layout, int(ds_config["zero_optimization"]["stage"])
+    if layout.size > 1:
+        banks = [parameter for _, parameter in mixture.expert_parameters()]
+        groups.spread_experts(mixture.model, banks, layout.size, stage)
+    parameter_groups = groups.parameter_groups(
+        [parameter for name, parameter in trainable if groups.is_bank(name)],
+        [parameter for name, parameter in trainable if not groups.is_bank(name)],
+        layout.size,
+        stage,
+    )
+    optimizer = ExpertAdamW(parameter_groups, layout, settings)
     hooks_before = groups.count_hooks(mixture.model)
     engine, *_ = deepspeed.initialize(
         model=mixture.model, optimizer=optimizer, config=ds_config, model_parameters=parameters

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from dsmixer.losses.preserve import preserve_term
-from dsmixer.placement.groups import Piece, Shard
+from dsmixer.placement.groups import Piece, Shard, is_bank
+from dsmixer.placement.layout import ExpertLayout
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows of one parameter in a shard: ``count`` rows of ``width`` elements, row i of unit ``first + i``.
+    """Rows of one parameter in a shard: ``count`` rows of ``width`` elements, one unit each.
 
     The routers' span has one row. A partition may start or end inside an expert: that part is a row of
     its own.
@@ -59,23 +60,30 @@ class _Span:
     start: int
     count: int
     width: int
-    first: int
+    units: tuple[int, ...]
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         return flat[self.start : self.start + self.count * self.width].view(self.count, self.width)
 
+    def select(self, values_U: torch.Tensor) -> torch.Tensor:
+        """The rows' entries of a tensor over units, without copying where units follow each other."""
+        first, last = self.units[0], self.units[-1]
+        if last - first + 1 == self.count:
+            return values_U[first : last + 1]
+        return values_U[torch.tensor(self.units, device=values_U.device)]
 
-def spans_of(piece: Piece, num_experts: int) -> list[_Span]:
-    """Cut a piece of a bank ``[E, ...]`` at its experts; a router ``[E, D]`` is one row of the last unit."""
-    if piece.name.endswith(".router.weight"):
-        return [_Span(piece.flat_start, 1, piece.numel, num_experts)]
+
+def spans_of(piece: Piece, layout: ExpertLayout) -> list[_Span]:
+    """Cut a piece of a bank ``[e, ...]`` at its experts; a router ``[E, D]`` is one row of the last unit."""
+    if not is_bank(piece.name):
+        return [_Span(piece.flat_start, 1, piece.numel, (layout.num_experts,))]
     width = math.prod(piece.shape[1:])
     spans, position, left = [], piece.param_start, piece.numel
     start = piece.flat_start
     while left:
-        expert, inside = divmod(position, width)
+        place, inside = divmod(position, width)
         count, length = (1, min(width - inside, left)) if inside or left < width else (left // width, width)
-        spans.append(_Span(start, count, length, expert))
+        spans.append(_Span(start, count, length, layout.local[place : place + count]))
         start, position, left = start + count * length, position + count * length, left - count * length
     return spans
 
@@ -85,10 +93,11 @@ class ExpertAdamW(torch.optim.Optimizer):
     ``prepare`` looks at a step's gradients as a whole, and ``step`` updates one partition at a time, as
     DeepSpeed calls it."""
 
-    def __init__(self, params: Iterable[Any], num_experts: int, settings: AdamSettings) -> None:
+    def __init__(self, params: Iterable[Any], layout: ExpertLayout, settings: AdamSettings) -> None:
         super().__init__(params, {"lr": 0.0})
-        self.num_experts, self.settings = num_experts, settings
-        self.steps = torch.zeros(num_experts + 1, dtype=torch.int64)
+        self.layout, self.settings = layout, settings
+        self.num_units = layout.num_experts + 1
+        self.steps = torch.zeros(self.num_units, dtype=torch.int64)
         self.origin: list[torch.Tensor] | None = None
         self._shards: list[Shard] = []
         self._index: dict[int, int] = {}
@@ -101,7 +110,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         self._shards = list(shards)
         self._index = {id(shard.weights): i for i, shard in enumerate(shards)}
         self._spans = [
-            [span for piece in shard.pieces for span in spans_of(piece, self.num_experts)] for shard in shards
+            [span for piece in shard.pieces for span in spans_of(piece, self.layout)] for shard in shards
         ]
         for shard in shards:
             for key in ("exp_avg", "exp_avg_sq"):
@@ -125,10 +134,9 @@ class ExpertAdamW(torch.optim.Optimizer):
         beta_U = (plan.preserve_beta * plan.reached).to(value.device)
         for i, (shard, piece_grads) in enumerate(zip(self._shards, grads, strict=True)):
             for piece, grad in zip(shard.pieces, piece_grads, strict=True):
-                for span in spans_of(piece, self.num_experts):
-                    units = slice(span.first, span.first + span.count)
+                for span in spans_of(piece, self.layout):
                     pull, term = preserve_term(
-                        span.of(shard.flat()), span.of(self.origin[i]), beta_U[units, None]
+                        span.of(shard.flat()), span.of(self.origin[i]), span.select(beta_U)[:, None]
                     )
                     span_at = span.start - piece.flat_start
                     grad[span_at : span_at + pull.numel()].view_as(pull).add_(pull)
@@ -138,13 +146,14 @@ class ExpertAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def squared_norms(self, grads: list[list[torch.Tensor]]) -> torch.Tensor:
         """Squared gradient norm of each unit over this rank's shards, ``[U]`` float32."""
-        norms_U = torch.zeros(self.num_experts + 1, device=self._device())
+        norms_U = torch.zeros(self.num_units, device=self._device())
         for shard, piece_grads in zip(self._shards, grads, strict=True):
             for piece, grad in zip(shard.pieces, piece_grads, strict=True):
-                for span in spans_of(piece, self.num_experts):
+                for span in spans_of(piece, self.layout):
                     at = span.start - piece.flat_start
                     rows = grad[at : at + span.count * span.width].view(span.count, span.width)
-                    norms_U[span.first : span.first + span.count] += rows.float().square().sum(1)
+                    units = torch.tensor(span.units, device=norms_U.device)
+                    norms_U.index_add_(0, units, rows.float().square().sum(1))
         return norms_U
 
     def prepare(self, plan: StepPlan, squared_norms_U: torch.Tensor) -> None:
@@ -169,15 +178,14 @@ class ExpertAdamW(torch.optim.Optimizer):
         flat = self._shards[index].flat()
         factors = self._unit_factors()
         for span in self._spans[index]:
-            units = range(span.first, span.first + span.count)
-            active = [i for i, unit in enumerate(units) if factors.reached[unit]]
+            active = [i for i, unit in enumerate(span.units) if factors.reached[unit]]
             if not active:
                 continue
             tensors = [
                 span.of(t)
                 for t in (flat, grad, self.moment("exp_avg", index), self.moment("exp_avg_sq", index))
             ]
-            coefficients = factors.table[span.first : span.first + span.count]
+            coefficients = span.select(factors.table)
             if len(active) == span.count:
                 self._adamw(tensors, coefficients)
             else:
@@ -208,7 +216,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         assert self._plan is not None and self._clip is not None
         beta1, beta2 = self.settings.betas
         steps = self.steps.clamp_min(1).double()
-        rates = torch.full((self.num_experts + 1,), self._plan.learning_rate, dtype=torch.float64)
+        rates = torch.full((self.num_units,), self._plan.learning_rate, dtype=torch.float64)
         rates[-1] = self._plan.router_learning_rate
         host = torch.stack((rates, 1 - beta1**steps, (1 - beta2**steps).sqrt()), dim=1).float()
         table = torch.cat((self._clip[:, None], host.to(self._clip.device)), dim=1)

@@ -11,8 +11,11 @@ from dsmixer.config.recipe import STAGES, LoadedRecipe
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.placement.request import Cluster, EngineSizes, ModelShape, PlanRequest, Pool, StageShape
 
-AVAILABLE_MODES = ("replicate", "weights")
-"""What this version of the trainer runs: ``replicate`` with ZeRO 0, 1, 2, and ``weights`` with ZeRO 3."""
+AVAILABLE_MODES = ("replicate", "weights", "tokens")
+"""What this version of the trainer runs."""
+
+AUTOMATIC_MODES = ("replicate", "weights")
+"""What ``placement.mode: auto`` chooses among: ``tokens`` has to be asked for by name."""
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -75,8 +78,9 @@ def plan_request(
         mode=recipe.placement.mode,
         zero_stage=zero_stage if zero_stage is not None else written if isinstance(written, int) else None,
         expert_parallel_size=size if isinstance(size, int) else None,
-        available_modes=AVAILABLE_MODES,
+        available_modes=AUTOMATIC_MODES if recipe.placement.mode == "auto" else AVAILABLE_MODES,
         only_available=only_available,
+        several_owners=False,
     )
 
 

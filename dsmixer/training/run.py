@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from dsmixer.adapters.importing import Pool, fill_experts
 from dsmixer.config.batch import check_world
@@ -18,16 +15,13 @@ from dsmixer.config.schema import Recipe
 from dsmixer.data.records import Example
 from dsmixer.model.count import WeightCounts, count_weights
 from dsmixer.model.inject import Mixture, attach_mixers
-from dsmixer.model.load import LoadedBase, bare_base, load_base
+from dsmixer.model.load import LoadedBase, load_base
 from dsmixer.model.mixer_config import MixerConfig
-from dsmixer.model.shape import model_shape
-from dsmixer.placement.plan import make_plan
-from dsmixer.placement.request import Cluster
 from dsmixer.training.data import RunData, StageData, stage_data
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.finish import finish_run
 from dsmixer.training.health import StopRequest
-from dsmixer.training.planning import PoolFacts, plan_request
+from dsmixer.training.placing import place_experts, plan_run
 from dsmixer.training.preflight import check_stage_order, read_inputs
 from dsmixer.training.run_folder import RunFolder, claim_run_folder, find_run_folder, write_json
 from dsmixer.training.saving import load_weights
@@ -115,16 +109,20 @@ def _set_up(
     began = time.perf_counter()
     data, pool = read_inputs(request.loaded, folder.quarantine if world.rank == 0 else None)
     zero_stage = resolved_zero_stage(recipe)
+    config = mixer_config(recipe, data.expert_names(recipe), pool)
+    plan = plan_run(request.loaded, config, data, zero_stage, world, request.ds_path)
     base = load_base(recipe.base, packing=recipe.data.packing, zero3=zero_stage == 3)
     if zero_stage != 3:
         base.model.to(world.device)  # type: ignore[arg-type]
-    mixture = attach_mixers(base.model, mixer_config(recipe, data.expert_names(recipe), pool))
+    mixture = attach_mixers(base.model, config, place_experts(plan, world))
     if pool is not None:
         fill_experts(mixture, pool)
     _check_same_data(world, data)
     once(world, lambda: claim_run_folder(request.loaded))
     counts = count_weights(mixture)
-    once(world, lambda: _write_plan(request, folder, mixture, data, zero_stage, world))
+    once(world, lambda: write_json(folder.plan, plan.to_dict()))
+    if plan.chosen.fits is False:
+        _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
     _announce(world, data, mixture, counts, zero_stage, time.perf_counter() - began)
     state = RunState(request.loaded, folder, world, mixture, data, stop_request, request.ds_path)
     return state, base
@@ -173,42 +171,6 @@ def _check_same_data(world: World, data: RunData) -> None:
             where="data.domains",
             fix="give every node the same files, or put them on a shared file system",
         )
-
-
-def _write_plan(
-    request: RunRequest, folder: RunFolder, mixture: Mixture, data: RunData, zero_stage: int, world: World
-) -> None:
-    """``plan.json``, and a line where the plan does not fit the device."""
-    recipe, config = request.loaded.recipe, mixture.config
-    shape = model_shape(bare_base(recipe.base), recipe.mixer.targets)
-    facts = PoolFacts(
-        config.experts, _text_sizes(data), dict(zip(config.experts, config.rank_list, strict=True))
-    )
-    nodes = int(os.environ.get("CROSS_SIZE", "1"))
-    memory = (
-        torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
-    )
-    cluster = Cluster(world.size, max(1, world.size // nodes), memory)
-    plan = make_plan(
-        plan_request(request.loaded, shape, facts, cluster, zero_stage=zero_stage, ds_path=request.ds_path)
-    )
-    write_json(folder.plan, plan.to_dict())
-    if plan.chosen.fits is False:
-        _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
-
-
-def _text_sizes(data: RunData) -> dict[str, float]:
-    """Characters that each expert trains on in an epoch: about in proportion to tokens, and known already."""
-    sizes: dict[str, float] = {}
-    for domain in data.domains:
-        characters = sum(map(_num_characters, domain.train))
-        sizes[domain.expert] = sizes.get(domain.expert, 0.0) + domain.weight * characters
-    return sizes
-
-
-def _num_characters(example: Example) -> int:
-    said = sum(len(str(message["content"])) for message in example.messages or ())
-    return said + len(example.prompt) + len(example.completion)
 
 
 def _announce(

@@ -51,29 +51,30 @@ def snapshot(
 
 def restore_optimizer(engine: StageEngine, checkpoint: Checkpoint) -> None:
     """Moments, step counts and theta(0) of a checkpoint into a fresh engine, whatever its layout."""
-    optimizer, shards = engine.optimizer, engine.shards
+    optimizer = engine.optimizer
     for key in MOMENTS:
-        groups.scatter_full(shards, checkpoint.group(key), partial(optimizer.moment, key))
+        engine.scatter(checkpoint.group(key), partial(optimizer.moment, key))
     optimizer.steps.copy_(torch.tensor(checkpoint.state.unit_steps))
     whole_origin = checkpoint.group("origin")
     if whole_origin:
         optimizer.hold_origin()
         origin = optimizer.origin
         assert origin is not None
-        groups.scatter_full(shards, whole_origin, lambda i: origin[i])
+        engine.scatter(whole_origin, lambda i: origin[i])
 
 
 def load_weights(mixture: Mixture, weights: Mapping[str, torch.Tensor]) -> None:
     """Weights of a checkpoint into a mixture that has no engine; a collective where ZeRO-3 partitioned it."""
     own = dict([*mixture.expert_parameters(), *mixture.router_parameters()])
+    local = list(mixture.placement.layout.local)
     for name, tensor in weights.items():
-        groups.set_parameter(own[name], tensor)
+        groups.set_parameter(own[name], tensor[local] if groups.is_bank(name) else tensor)
 
 
 def whole_weights(mixture: Mixture) -> dict[str, torch.Tensor]:
-    """All experts and routers, whole, on the CPU, by parameter name; a collective under ZeRO-3."""
+    """All experts and routers, whole, on the CPU, by parameter name; a collective."""
     named = [*mixture.expert_parameters(), *mixture.router_parameters()]
-    return {name: groups.whole_parameter(parameter) for name, parameter in named}
+    return {name: groups.whole_parameter(name, parameter, mixture.placement) for name, parameter in named}
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
