@@ -15,7 +15,10 @@ AVAILABLE_MODES = ("replicate", "weights", "tokens")
 """What this version of the trainer runs."""
 
 AUTOMATIC_MODES = ("replicate", "weights")
-"""What ``placement.mode: auto`` chooses among: ``tokens`` has to be asked for by name."""
+"""What a run with ``placement.mode: auto`` chooses among.
+
+``tokens`` has to be asked for by name, because in this version stage one moves tokens, too.
+"""
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -78,7 +81,9 @@ def plan_request(
         mode=recipe.placement.mode,
         zero_stage=zero_stage if zero_stage is not None else written if isinstance(written, int) else None,
         expert_parallel_size=size if isinstance(size, int) else None,
-        available_modes=AUTOMATIC_MODES if recipe.placement.mode == "auto" else AVAILABLE_MODES,
+        available_modes=AUTOMATIC_MODES
+        if only_available and recipe.placement.mode == "auto"
+        else AVAILABLE_MODES,
         only_available=only_available,
         several_owners=False,
     )

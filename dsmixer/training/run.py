@@ -64,7 +64,7 @@ def train(request: RunRequest) -> None:
     with stop_request.listening():
         state, base = _set_up(request, world, folder, stop_request)
         engine = None
-        for number in stages:
+        for number in _stages_left(state, stages):
             if engine is not None:
                 engine.release()
             engine = _one_stage(state, base, number, accumulation[f"stage{number}"])
@@ -93,6 +93,15 @@ def _stages_of(request: RunRequest) -> list[int]:
             fix="enable the stage in the recipe, or choose another",
         )
     return chosen
+
+
+def _stages_left(state: RunState, stages: list[int]) -> list[int]:
+    """Of the stages to run, those that are: stage one needs no engine again where stage two only wants its
+    experts."""
+    if stages != [1, 2]:
+        return stages
+    checkpoint = state.find_checkpoint(1)
+    return [2] if checkpoint is not None and checkpoint.state.finished else stages
 
 
 def _left_for_later(request: RunRequest) -> int | None:

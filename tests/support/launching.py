@@ -56,6 +56,9 @@ def launch(script: Path, arguments: Sequence[str], *, ranks: int) -> Launched:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"no end after {TIMEOUT_SECONDS:.0f} s\n{output[-8000:]}") from error
+    finally:
+        if process.poll() is None:  # the test was interrupted: its processes go with it
+            os.killpg(process.pid, signal.SIGKILL)
     return Launched(process.returncode, output)
 
 

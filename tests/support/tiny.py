@@ -1,0 +1,129 @@
+"""Tiny real models with a byte tokenizer, small domains, and a recipe over them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+# initializer_range: inputs of every projection are of size one, so that router_std 0.2 makes logits of std 1
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        **SPECIAL,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=260,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **SPECIAL,
+    ),
+}
+WORDS = "the a red blue small tall cat dog tree house runs sleeps sings and but under over quickly".split()
+SIZES = {"sums": 40, "words": 24, "rare": 5}
+"""Training examples of the domains; the last one is so small that steps go by without it."""
+
+
+def write_base(folder: Path, kind: str = "llama") -> Path:
+    """A model of random weights with its tokenizer, as transformers saves them."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def write_domains(folder: Path) -> dict[str, Path]:
+    """Three domains of unequal sizes, with prompts and completions of unequal lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(5)
+    paths = {}
+    for name, size in SIZES.items():
+        records = [_record(name, draw) for _ in range(size)]
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
+    return paths
+
+
+def _record(domain: str, draw: random.Random) -> dict[str, str]:
+    if domain == "sums":
+        a, b = draw.randrange(10 ** draw.randint(1, 5)), draw.randrange(1000)
+        return {"prompt": f"{a}+{b}=", "completion": str(a + b)}
+    words = draw.choices(WORDS, k=draw.randint(2, 6))
+    if domain == "words":
+        return {"prompt": f"{words[0]}:", "completion": " " + " ".join(words)}
+    return {"prompt": f"reverse {words[0]} ", "completion": words[0][::-1]}
+
+
+def write_recipe(folder: Path, kind: str = "llama", copies: int = 1) -> Path:
+    """``folder/recipe.yaml``: both stages, six steps each, clipping at work, wide routers.
+
+    With ``copies`` above 1 each domain stands there so often, with an expert each: ``sums0``, ``sums1``, ….
+    Runs go to ``folder/runs``. Adam's eps keeps gradients that are zero but for rounding from moving weights.
+    """
+    stage = {
+        "learning_rate": 5e-3,
+        "max_steps": 6,
+        "warmup_ratio": 0.3,
+        "global_batch_size": 8,
+        "clip": 0.5,
+        "eps": 1e-6,
+    }
+    recipe = {
+        "run": {"dir": str(folder / "runs"), "seed": 3, "tensorboard": False},
+        "base": {"model": str(write_base(folder / kind, kind)), "dtype": "float32"},
+        "data": {
+            "max_length": 64,
+            "domains": [
+                {"name": name, "train": str(path)}
+                for file, path in write_domains(folder / "data").items()
+                for name in ([f"{file}{i}" for i in range(copies)] if copies > 1 else [file])
+            ],
+        },
+        "mixer": {"rank": 4, "alpha": 8, "dropout": 0.0, "router_std": 0.2},
+        "stage1": {**stage},
+        "stage2": {
+            **stage,
+            "top_k": 2,
+            "data": {"max_share": 0.4},
+            "rsl": {"alpha": 0.5, "entropy_weight": 0.3},
+            "preserve": {"beta": 0.05},
+        },
+        "checkpoint": {"every": 3},
+        "evaluation": {"enabled": False},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
