@@ -124,7 +124,7 @@ def backward(model: torch.nn.Module, micro: MicroBatch, num_targets: int) -> flo
     logits = model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False).logits
     loss = token_losses(logits, micro.labels).sum() / num_targets
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def score(

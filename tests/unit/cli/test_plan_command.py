@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import LlamaConfig
+from unit.placement.llama3 import llama3_shape
 
 from dsmixer.cli.main import main
+from dsmixer.config.recipe import load_recipe
+from dsmixer.placement.plan import make_plan
+from dsmixer.placement.request import Cluster
+from dsmixer.training.planning import AUTOMATIC_MODES, PoolFacts, plan_request
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
     return values
 
 
-def test_json_holds_the_choice_and_marks_what_this_version_does_not_run(
+def test_json_holds_the_choice_and_marks_what_this_version_runs(
     recipe: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(
@@ -53,8 +58,21 @@ def test_json_holds_the_choice_and_marks_what_this_version_does_not_run(
     )
     assert plan["fits"] is True and plan["device_memory"] == 24 * 2**30
     available = {layout["mode"]: layout["available"] for layout in plan["layouts"]}  # type: ignore[attr-defined]
-    assert available == {"replicate": True, "weights": True, "tokens": False}
-    assert plan["runnable"]["mode"] in ("replicate", "weights")  # type: ignore[index]
+    assert available == {"replicate": True, "weights": True, "tokens": True}
+    assert plan["runnable"]["mode"] == plan["mode"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("mode", "taken"), [("auto", AUTOMATIC_MODES), ("tokens", ("tokens",))])
+def test_a_run_spreads_experts_only_where_the_recipe_says_so(
+    recipe: Path, mode: str, taken: tuple[str, ...]
+) -> None:
+    """Also where spreading them sends less, as it does here."""
+    loaded = load_recipe(recipe, [f"placement.mode={mode}", "mixer.rank=64"])
+    facts = PoolFacts([f"expert{i}" for i in range(64)])
+    cluster = Cluster(8, device_memory=80 * 2**30)
+    run = make_plan(plan_request(loaded, llama3_shape(), facts, cluster))
+    free = make_plan(plan_request(loaded, llama3_shape(), facts, cluster, only_available=False))
+    assert run.mode in taken and free.mode == "tokens"
 
 
 def test_the_file_config_json_and_its_folder_are_the_same(
@@ -71,7 +89,8 @@ def test_a_larger_pool_and_its_tokens_can_be_asked_for(
     common = ("--config", recipe, "placement.mode=tokens", "--model-config", config, "--world-size", 2)
     assert planned(capsys, *common, "--experts", 40)["num_experts"] == 40
     plan = planned(capsys, *common, "--tokens", "law=6e9", "--tokens", "chess=1e9", "--tokens", "code=1e9")
-    assert len(plan["owners"]["law"]) == 2  # type: ignore[index]
+    law, chess, code = (list(plan["owners"][name]) for name in ("law", "chess", "code"))  # type: ignore[index]
+    assert len(law) == 1 and chess == code != law, "one owner each, and the longest domain alone"
 
 
 def test_the_table_names_the_choice_the_bytes_and_the_reason(
@@ -85,12 +104,22 @@ def test_the_table_names_the_choice_the_bytes_and_the_reason(
         "3 experts of rank 8 on 4 ranks",
         "fits",
         "optimizer",
-        "not yet",
+        "runs it",
         "tokens",
         "why:",
         "3·R·E·Σ(D+O)",
     ):
         assert text in shown, text
+
+
+def test_the_table_marks_a_base_that_this_version_does_not_load(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["base.quantization=nf4", "--model-config", str(config), "--world-size", "2"]
+    assert main(["plan", "--config", str(recipe), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "not yet" in shown and "runs it" not in shown
 
 
 def test_where_nothing_fits_it_still_ends_well_and_says_what_would(

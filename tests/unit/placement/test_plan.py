@@ -17,6 +17,7 @@ from dsmixer.placement.plan import make_plan
 from dsmixer.placement.request import ZERO_STAGES, EngineSizes
 
 TRAINER = ("replicate", "weights")
+"""A trainer that runs some of the modes, as a run with ``placement.mode: auto`` does."""
 
 
 def test_the_choice_is_the_layout_that_fits_and_sends_least() -> None:
