@@ -73,6 +73,8 @@ prepare_environment() {
     install_package "$1"
     # the launcher and its children must find this Python, and torch the ninja that builds extensions
     export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+    # one build of the extension for each environment: sharing the cache of another one builds it again and again
+    export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
     ninja --version >/dev/null 2>&1 || fail \
         "ninja, which builds DeepSpeed's extension, does not run" "remove the folder .venv, and run this again"
 }

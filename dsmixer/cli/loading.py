@@ -51,6 +51,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         UserError: it can't be loaded, or has no tokenizer.
     """
+    from dsmixer.training.progress import quiet_libraries
+
+    quiet_libraries()
     import torch
 
     from dsmixer.adapters.mixture_folder import load_mixture

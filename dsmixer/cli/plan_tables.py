@@ -9,7 +9,6 @@ from dsmixer.placement.choice import Candidate, usable_memory
 from dsmixer.placement.owners import Owners
 from dsmixer.placement.plan import Plan
 from dsmixer.placement.reason import amount
-from dsmixer.placement.remedies import describe
 
 KINDS = (
     "base",
@@ -45,10 +44,6 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"[bold]{layout.mode}[/bold], ZeRO {layout.zero_stage}, "
         f"EP {plan.expert_parallel_size} x EDP {edp}: {_verdict(plan)}"
     )
-    if not plan.chosen.available:
-        console.print(
-            f"[bold]this version does not run {layout.mode} yet[/bold]; {_instead(plan)}", soft_wrap=True
-        )
     console.print(_memory(plan))
     console.print(_traffic(plan))
     console.print(_layouts(plan))
@@ -70,14 +65,6 @@ def _verdict(plan: Plan) -> str:
     return (
         f"{word}, {amount(plan.chosen.peak)} at the peak of {amount(usable_memory(memory))} a rank may fill"
     )
-
-
-def _instead(plan: Plan) -> str:
-    best = plan.runnable
-    if best is None:
-        return "it runs none of the layouts that the recipe allows"
-    does = {None: "would take", True: "would take", False: "has nothing that fits; nearest comes"}[best.fits]
-    return f"it {does} {describe(best)}, {amount(best.peak)} at the peak, {amount(best.sent)} sent a step"
 
 
 def _memory(plan: Plan) -> Table:
@@ -121,6 +108,7 @@ def _layouts(plan: Plan) -> Table:
 def _add_layout(table: Table, candidate: Candidate, *, chosen: bool, later: bool) -> None:
     layout = candidate.layout
     fits = {None: "?", True: "yes", False: "no"}[candidate.fits]
+    taken = "not yet" if later else "runs it" if candidate.available else "by name"
     table.add_row(
         layout.mode + (" (chosen)" if chosen else ""),
         str(layout.zero_stage),
@@ -128,7 +116,7 @@ def _add_layout(table: Table, candidate: Candidate, *, chosen: bool, later: bool
         amount(candidate.peak),
         amount(candidate.sent),
         fits,
-        "runs it" if candidate.available and not later else "not yet",
+        taken,
         style="bold" if chosen else None,
     )
 

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, loaded: Any) -> int:
+    from dsmixer.training.health import Stopped
     from dsmixer.training.run import RunRequest, train
-    from dsmixer.training.stage_run import Stopped
 
     stages = (1, 2) if args.stages == "both" else (int(args.stages),)
     try:

@@ -14,6 +14,7 @@ from dsmixer.config.explain import nearest_key
 from dsmixer.config.recipe import STAGES, LoadedRecipe, expert_names
 
 __all__ = [
+    "HUB_ID",
     "MAX_HARD_SOFT_EXPERTS",
     "accumulation_steps",
     "check_domain_experts",
@@ -27,7 +28,8 @@ MAX_HARD_SOFT_EXPERTS = 32
 """``hard_soft`` computes every expert for every token; above this many it is refused."""
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+"""A hub id with its revision, if any: ``NAME``, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
 
 
 def check_recipe(loaded: LoadedRecipe, ds_path: str | None = None) -> None:
@@ -47,7 +49,8 @@ def check_recipe(loaded: LoadedRecipe, ds_path: str | None = None) -> None:
 
 def is_local_path(text: str) -> bool:
     """Whether a data set or model is meant as a file or folder, present or not, rather than as a hub id."""
-    as_path = text.endswith(_DATA_SUFFIXES) or text[0] in ".~" or _HUB_ID.match(text) is None
+    names_file = text.endswith(_DATA_SUFFIXES) or text.partition("@")[0].endswith(_DATA_SUFFIXES)
+    as_path = names_file or HUB_ID.fullmatch(text) is None
     return as_path or os.path.exists(text)
 
 

@@ -70,7 +70,8 @@ class BaseConfig(Section):
         default="bfloat16", description="type of the frozen weights and the products"
     )
     quantization: Literal["none", "nf4", "fp4"] = Field(
-        default="none", description="4-bit storage of the frozen weights"
+        default="none",
+        description="4-bit storage of the frozen weights; this version refuses anything but none",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto", description="attention implementation of transformers; auto: its own choice"
@@ -235,7 +236,8 @@ class EvaluationConfig(Section):
 
     enabled: bool = Field(default=True, description="whether the run ends with an evaluation")
     tasks: Annotated[tuple[Text, ...], Strict(False)] = Field(
-        default=(), description="lm-eval tasks to run as well"
+        default=(),
+        description="lm-eval tasks to run as well; this version refuses anything but an empty list",
     )
     max_examples: Count | None = Field(default=None, description="most test examples a domain; null: all")
     generate_max_new_tokens: int = Field(default=64, ge=1, description="longest generated answer, in tokens")
@@ -247,7 +249,9 @@ class HealthConfig(Section):
     """When a rank counts as lost."""
 
     hang_timeout: float = Field(
-        default=600.0, gt=0, description="seconds without a step after which a rank counts as hung"
+        default=600.0,
+        gt=0,
+        description="seconds a rank waits for the others in a collective before the run fails; at least 60",
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,8 +21,13 @@ UNLABELLED = ""
 
 
 def hold_out_router_examples(
-    domains: Sequence[Domain], data: RouterDataConfig, seed: int
-) -> tuple[list[Domain], list[Example]]:
+    domains: Sequence[Domain],
+    data: RouterDataConfig,
+    seed: int,
+    *,
+    on_bad_record: Literal["error", "skip"] = "error",
+    quarantine: Path | None = None,
+) -> tuple[list[Domain], list[Example], int]:
     """Split the router's training examples off the domains, or read them from their own source.
 
     Held out are numbers proportional to the domains' train sizes, at least one a domain and at most
@@ -29,15 +37,20 @@ def hold_out_router_examples(
         domains: the domains with all their training examples.
         data: the recipe's ``stage2.data``.
         seed: the run's seed.
+        on_bad_record: the recipe's ``data.on_bad_record``, for the routers' own source.
+        quarantine: file that skipped records are added to; None: they are only counted.
 
     Returns:
-        The domains for stage one, and the router examples, both in source order.
+        The domains for stage one and the router examples, both in source order, and the number of records
+        of the routers' own source that were skipped.
 
     Raises:
         UserError: a domain has a single example, or the source is empty or bad.
     """
     if data.source is not None:
-        return list(domains), _examples_of_source(data.source, data.max_examples, seed)
+        bad = BadRecords(skip=on_bad_record == "skip")
+        examples = _examples_of_source(data.source, data.max_examples, seed, bad, quarantine)
+        return list(domains), examples, len(bad.entries)
     for domain in domains:
         if len(domain.train) < 2:
             fix = "add examples, or give stage2.data.source"
@@ -52,7 +65,7 @@ def hold_out_router_examples(
         router += [example for i, example in enumerate(domain.train) if i in chosen]
         train = [example for i, example in enumerate(domain.train) if i not in chosen]
         remaining.append(dataclasses.replace(domain, train=train))
-    return remaining, router
+    return remaining, router, 0
 
 
 def held_out_counts(sizes: Sequence[int], max_examples: int, max_share: float) -> list[int]:
@@ -74,9 +87,26 @@ def held_out_counts(sizes: Sequence[int], max_examples: int, max_share: float) -
     return [int(count) for count in counts]
 
 
-def _examples_of_source(source: str, max_examples: int, seed: int) -> list[Example]:
-    rows = read_examples(source, "train", None, "auto", BadRecords(skip=False), domain=UNLABELLED)
+def _examples_of_source(
+    source: str, max_examples: int, seed: int, bad: BadRecords, quarantine: Path | None
+) -> list[Example]:
+    rows = read_examples(source, "train", None, "auto", bad, domain=UNLABELLED)
     examples = capped(rows, max_examples, generator(seed, "router source"))
+    if quarantine is not None:
+        _add_to_quarantine(bad, quarantine)
     if not examples:
-        raise UserError("no example in it", where=f"stage2.data.source: {source}", fix="give it records")
+        problem = f"no example in it ({len(bad.entries)} bad records were skipped)"
+        raise UserError(problem, where=f"stage2.data.source: {source}", fix="give it records")
     return examples
+
+
+def _add_to_quarantine(bad: BadRecords, path: Path) -> None:
+    # BadRecords.write begins the file anew, and the domains' records may be in it
+    if not path.exists():
+        bad.write(path)
+        return
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in bad.entries)
+    except OSError as error:
+        raise UserError(f"cannot write the quarantine file: {error}", where=str(path)) from error

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dsmixer.config.checks import HUB_ID
 from dsmixer.config.errors import UserError
 from dsmixer.data.formats import FORMATS, Row, known_suffix, rows_of_file
 
 MAX_FILES = 10_000
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 PATH_LIKE = re.compile(r"[./~].*|.*\.[A-Za-z][A-Za-z0-9]*|.*[\\].*|.*/.*/.*")
 SPLIT_NAMED = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![A-Za-z])", re.IGNORECASE)
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")

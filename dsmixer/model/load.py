@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dsmixer.config.errors import UserError
 from dsmixer.config.schema import BaseConfig
+from dsmixer.model.targets import PACKABLE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "recurrent_gemma")
@@ -53,6 +53,7 @@ def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -
     """
     config = _read_config(base)
     _check_kind(config, base)
+    _check_packing(config, packing)
     tokenizer = load_tokenizer(base.model, base.revision)
     zero3_config = _sharded_loading(base) if zero3 else None
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": False}
@@ -65,7 +66,6 @@ def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unloadable(base, error) from error
     _check_dtypes(model, DTYPES[base.dtype])
-    _check_packing(model, packing)
     if base.activation_checkpointing:
         checkpoint_activations(model)
     return LoadedBase(model, tokenizer, zero3_config)
@@ -82,13 +82,13 @@ def bare_base(base: BaseConfig, *, packing: bool = False) -> PreTrainedModel:
     """
     config = _read_config(base)
     _check_kind(config, base)
+    _check_packing(config, packing)
     options = {} if base.attention == "auto" else {"attn_implementation": base.attention}
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(base, error) from error
-    _check_packing(model, packing)
     return model
 
 
@@ -176,10 +176,11 @@ def _check_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     assert not wrong, f"the base was loaded as {', '.join(sorted(wrong))}, not {dtype}"
 
 
-def _check_packing(model: PreTrainedModel, packing: bool) -> None:
-    if packing and "position_ids" not in inspect.signature(model.forward).parameters:
+def _check_packing(config: Any, packing: bool) -> None:
+    kind = str(getattr(config, "model_type", ""))
+    if packing and kind not in PACKABLE:
         raise UserError(
-            f"{type(model).__name__} takes no position_ids, so examples in one row would see each other",
+            f"the architecture {kind} is not known to keep the examples of one row apart",
             where="data.packing",
-            fix="write packing: false",
+            fix="write data.packing: false",
         )

@@ -72,6 +72,10 @@ class MixerConfig:
             unknown = set(getattr(self, key)) - set(self.experts)
             require(not unknown, key, f"no expert is called {', '.join(sorted(unknown))}", "drop it")
         require(min(self.rank_list) > 0, "rank", f"ranks {self.rank_list}", "give ranks above 0")
+        alphas = (self.alpha, *self.alphas.values())
+        require(all(a > 0 for a in alphas), "alpha", f"alphas {alphas}", "give alphas above 0")
+        require(self.router_std > 0, "router_std", f"{self.router_std} is not above 0", "use 0.02")
+        require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is no share", "use above 0, at most 1")
         for key, allowed in (
             ("router", ("per_projection", "per_block")),
             ("compute", ("auto", *forms)),

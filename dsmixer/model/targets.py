@@ -37,6 +37,16 @@ ARCHITECTURES: dict[str, dict[str, str]] = {
     "gpt_bigcode": {"qkv": "c_attn", "o": "c_proj"},
 }
 
+PACKABLE = frozenset(
+    ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2")
+    + ("gemma3_text", "cohere", "olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm")
+    + ("gptj", "gpt_neo", "phi", "phi3", "gpt_neox", "gpt2", "gpt_bigcode")
+)
+"""Types that keep the examples of one row apart by restarted position ids, tried with eager and sdpa.
+
+That a model takes ``position_ids`` does not say so: OPT and Falcon take them and leak.
+"""
+
 _STRUCTURE = {
     "qkv": re.compile(r"(?i)^(qkv|qkv_proj|query_key_value|c_attn|w_?qkv|attn_qkv|in_proj_qkv)$"),
     "q": re.compile(r"(?i)^(q|wq|q_proj|q_lin|query|query_proj|to_q)$"),

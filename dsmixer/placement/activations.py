@@ -11,11 +11,16 @@ activations of b bytes, residual width H, query width Q, key/value width V, feed
                router in stage two 4 E (its probabilities), twice that with the routing loss
     mlp        3 b F gated (both branches and the activated one), 2 b F otherwise
 
+Where tokens travel over EP ranks, a mixer keeps the tokens it received instead of its input, K̂ b D once for
+each dispatch: for each projection, or in stage two for each block that shares a router. Routers keep the
+block's input beside them. K̂ is a mean: a rank that all others feed at once receives EP · n in stage one.
+
 Checkpointed, a layer keeps its input, b H, and one layer at a time is computed again. Beside the layers stand
 the last norm, and the logits over C tokens of the vocabulary: b C once, 4 C in float32 where they are
 narrower, and 4 C for each of the log-softmax, which autograd keeps, and its gradient. The working memory of
 the largest mixer is what its form makes and frees again: for ``dense`` three tensors of n · E · R, for
-``grouped`` n · K rows of 2 (D + O) + 3 R, and a bank in the compute dtype.
+``grouped`` n · K rows of 2 (D + O) + 3 R, and a bank in the compute dtype; where tokens travel, n · K̂ stands
+for n, and each of those is sent and received, 2 (D + O).
 
 Left out: what the allocator loses between tensors, the attention mask of packed rows, and models whose layers
 are not of this kind. Rows are taken as full.
@@ -29,15 +34,16 @@ DENSE_LIMIT = 512
 """E · R up to which ``experts.forms`` multiplies all experts at once; a test holds the two together."""
 
 
-def activation_bytes(request: PlanRequest, stage: StageShape) -> int:
+def activation_bytes(request: PlanRequest, stage: StageShape, ep: int = 1) -> int:
     """What a rank keeps between forward and backward pass, and the logits, of one micro-batch.
 
     Args:
         request: the plan's.
         stage: the stage.
+        ep: ranks over which tokens travel.
     """
     layers = request.model.layer.layers
-    one = layer_bytes(request, stage)
+    one = layer_bytes(request, stage, ep)
     kept = layers * one
     if request.checkpointing:
         kept = layers * stage.tokens * request.base_bytes * request.model.layer.hidden + one
@@ -45,7 +51,7 @@ def activation_bytes(request: PlanRequest, stage: StageShape) -> int:
     return kept + last_norm + logit_bytes(request, stage)
 
 
-def layer_bytes(request: PlanRequest, stage: StageShape) -> int:
+def layer_bytes(request: PlanRequest, stage: StageShape, ep: int = 1) -> int:
     """What one decoder layer keeps of a micro-batch."""
     shape, b, n = request.model.layer, request.base_bytes, stage.tokens
     norms = 2 * FLOAT32 * shape.hidden
@@ -53,22 +59,28 @@ def layer_bytes(request: PlanRequest, stage: StageShape) -> int:
     if shape.eager:
         attention += 2 * b * shape.heads * stage.max_length
     mlp = (3 if shape.gated else 2) * b * shape.mlp
-    return n * (norms + attention + mlp) + mixer_bytes(request, stage) // shape.layers
+    return n * (norms + attention + mlp) + mixer_bytes(request, stage, ep) // shape.layers
 
 
-def mixer_bytes(request: PlanRequest, stage: StageShape) -> int:
+def mixer_bytes(request: PlanRequest, stage: StageShape, ep: int = 1) -> int:
     """What all mixers keep of a micro-batch: their inputs, and E or K numbers a token."""
-    b, n = request.base_bytes, stage.tokens
-    projections = request.model.projections
-    inputs = sum({p.block: b * p.in_features for p in projections}.values())
-    if request.dropout:
-        inputs += sum((b + 1) * p.in_features for p in projections)
+    n, projections = stage.tokens, request.model.projections
     num_experts = request.pool.num_experts
     pairs = 12 if stage.top_k is None else 12 * stage.top_k
     routing = len(projections) * (FLOAT32 * num_experts if stage.every_expert else pairs)
     if stage.top_k is not None:
         routing += 2 * FLOAT32 * num_experts * len(request.model.router_widths(request.pool.router))
-    return n * (inputs + routing)
+    return int(n * (_input_bytes(request, stage, ep) + routing))
+
+
+def _input_bytes(request: PlanRequest, stage: StageShape, ep: int) -> float:
+    """What mixers keep of their inputs, for each token of a micro-batch."""
+    b, blocks = request.base_bytes, sum(request.model.router_widths("per_block"))
+    if ep == 1:
+        return b * blocks + request.dropout * (b + 1) * sum(p.in_features for p in request.model.projections)
+    sent = request.dispatch_inputs(stage)
+    asked = b * blocks if stage.top_k is not None else 0
+    return asked + b * stage.copies(ep) * sent + request.dropout * sent
 
 
 def logit_bytes(request: PlanRequest, stage: StageShape) -> int:
@@ -77,13 +89,14 @@ def logit_bytes(request: PlanRequest, stage: StageShape) -> int:
     return stage.tokens * request.model.layer.vocabulary * (request.base_bytes + copy + 2 * FLOAT32)
 
 
-def working_bytes(request: PlanRequest, stage: StageShape, held: int) -> int:
+def working_bytes(request: PlanRequest, stage: StageShape, held: int, ep: int = 1) -> int:
     """What the largest mixer makes and frees again in its backward pass, of ``held`` experts."""
-    return max((_mixer_work(request, stage, p, held) for p in request.model.projections), default=0)
+    return max((_mixer_work(request, stage, p, held, ep) for p in request.model.projections), default=0)
 
 
-def _mixer_work(request: PlanRequest, stage: StageShape, projection: Projection, held: int) -> int:
-    b, n, rank = request.base_bytes, stage.tokens, request.pool.rank
+def _mixer_work(request: PlanRequest, stage: StageShape, projection: Projection, held: int, ep: int) -> int:
+    b, rank = request.base_bytes, request.pool.rank
+    n = stage.tokens if ep == 1 else stage.tokens * stage.copies(ep)
     width = projection.in_features + projection.out_features
     cast = b * held * rank * width if b < FLOAT32 else 0
     gradient = FLOAT32 * held * rank * width if stage.trains_experts else 0
@@ -91,4 +104,5 @@ def _mixer_work(request: PlanRequest, stage: StageShape, projection: Projection,
         made = 3 * n * b * held * rank
     else:
         made = n * (stage.top_k or 1) * b * (2 * width + 3 * rank)
-    return cast + gradient + made
+    moved = 2 * n * b * width if ep > 1 else 0
+    return int(cast + gradient + made + moved)

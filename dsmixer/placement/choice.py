@@ -25,7 +25,7 @@ class Candidate:
         memory: bytes a rank, by stage.
         traffic: bytes sent a step, by stage.
         fits: whether the peak stays within the device; None where its memory is not known.
-        available: whether this version of the trainer runs it.
+        available: whether a run of the recipe takes it.
         seconds: the exchanges of one step of each stage; None where no link speed is known.
     """
 
@@ -87,15 +87,17 @@ def choose(found: list[Candidate], *, only_available: bool) -> Candidate:
 
     Args:
         found: the layouts.
-        only_available: whether to choose among those alone that the trainer runs.
+        only_available: whether to choose among those alone that a run takes.
 
     Raises:
-        UserError: the trainer runs none of them.
+        UserError: a run takes none of them.
     """
     runs = [candidate for candidate in found if candidate.available or not only_available]
     if not runs:
         modes = ", ".join(sorted({candidate.layout.mode for candidate in found}))
-        raise UserError(f"{modes} is not supported by this version", where="placement.mode", fix="write auto")
+        raise UserError(
+            f"a run takes {modes} by name only", where="placement.mode", fix=f"write mode: {modes}"
+        )
     fitting = [candidate for candidate in runs if candidate.fits is not False]
     if fitting:
         return min(fitting, key=lambda candidate: candidate.cost)

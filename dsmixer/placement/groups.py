@@ -124,6 +124,9 @@ def gradients(engine: Any, of: list[Shard]) -> list[list[torch.Tensor]]:
     """
     if zero_stage(engine) == 0:
         return [[_grad_or_zero(shard)] for shard in of]
+    if _offloads(engine.optimizer):
+        # DeepSpeed has put them beside the offloaded partitions already
+        return [[_run_of_gradient(shard, piece) for piece in shard.pieces] for shard in of]
     found = []
     for i, shard in enumerate(of):
         starts: dict[int, torch.Tensor] = {}
@@ -133,6 +136,17 @@ def gradients(engine: Any, of: list[Shard]) -> list[list[torch.Tensor]]:
             offset += tensor.numel()
         found.append([_flat_piece(starts[piece.flat_start], piece) for piece in shard.pieces])
     return found
+
+
+def _offloads(zero: Any) -> bool:
+    """Whether the optimizer's partitions live on the host."""
+    return bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
+
+
+def _run_of_gradient(shard: Shard, piece: Piece) -> torch.Tensor:
+    gradient = shard.weights.grad
+    assert gradient is not None, "the offloaded gradient is not there"
+    return gradient.view(-1)[piece.flat_start : piece.flat_start + piece.numel]
 
 
 def _grad_or_zero(shard: Shard) -> torch.Tensor:
@@ -149,7 +163,10 @@ def _flat_piece(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
 def sum_over_partitions(engine: Any, values: torch.Tensor) -> torch.Tensor:
     """Add up what each rank computed over its own shards, in place: nothing to add under ZeRO-0."""
     if zero_stage(engine) > 0 and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+        reduced = values.to(engine.device)  # offloaded partitions are summed on the host
+        dist.all_reduce(reduced)
+        if reduced is not values:
+            values.copy_(reduced)
     return values
 
 

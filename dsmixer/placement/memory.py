@@ -134,8 +134,9 @@ def rank_bytes(request: PlanRequest, layout: Layout, stage: StageShape) -> RankB
         routers=weights[1],
         gradients=gradients,
         optimizer=copies * states,
-        activations=activation_bytes(request, stage),
-        buffers=working_bytes(request, stage, layout.held) + _buffers(request, layout, trained),
+        activations=activation_bytes(request, stage, layout.expert_parallel_size),
+        buffers=working_bytes(request, stage, layout.held, layout.expert_parallel_size)
+        + _buffers(request, layout, trained),
         update=_update(request, layout, trained),
         start=load_bytes(request, layout) + whole + flat,
     )

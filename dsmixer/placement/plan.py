@@ -7,7 +7,7 @@ from typing import Any
 
 from dsmixer.placement.choice import Candidate, candidates, choose, usable_memory
 from dsmixer.placement.memory import router_weights
-from dsmixer.placement.reason import exchanges, reason
+from dsmixer.placement.reason import amount, exchanges, reason
 from dsmixer.placement.remedies import remedies
 from dsmixer.placement.request import FLOAT32, PlanRequest
 
@@ -22,7 +22,7 @@ class Plan:
     Attributes:
         request: what it was made from.
         chosen: the layout to use.
-        runnable: the one to use with this version of the trainer, None where it runs none.
+        runnable: the best that a run of the recipe takes, None where it takes none.
         candidates: every layout there is, the cheapest first.
         reason: why this one, as an inequality with its numbers.
         exchange: the bytes of ``weights`` and ``tokens`` a micro-batch, as formulas with their numbers.
@@ -107,24 +107,39 @@ def make_plan(request: PlanRequest) -> Plan:
         request: model, pool, cluster and training shape.
 
     Raises:
-        UserError: mode, ZeRO stage and EP of the request go together in no layout that the trainer runs.
+        UserError: mode, ZeRO stage and EP of the request go together in no layout that a run takes.
     """
     found = candidates(request)
-    chosen = choose(found, only_available=request.only_available)
+    chosen, runnable = choose(found, only_available=request.only_available), _runnable(found)
     return Plan(
         request=request,
         chosen=chosen,
-        runnable=_runnable(found),
+        runnable=runnable,
         candidates=tuple(found),
         reason=reason(request, chosen, found),
         exchange=exchanges(request, chosen),
-        notes=tuple(_notes(request, chosen, found)),
+        notes=tuple((*_by_name(chosen, runnable), *_notes(request, chosen, found))),
         remedies=tuple(remedies(request)) if chosen.fits is False else (),
     )
 
 
 def _runnable(found: list[Candidate]) -> Candidate | None:
     return choose(found, only_available=True) if any(c.available for c in found) else None
+
+
+def _by_name(chosen: Candidate, runnable: Candidate | None) -> list[str]:
+    """What a run takes where it does not take the choice by itself."""
+    if chosen.available:
+        return []
+    mode, instead = chosen.layout.mode, "with auto it takes nothing that the recipe leaves open"
+    if runnable is not None:
+        other = runnable.layout
+        fit = ", which does not fit" if runnable.fits is False else ""
+        instead = (
+            f"with auto and deepspeed.zero_stage: {other.zero_stage} it takes {other.mode} "
+            f"(a peak of {amount(runnable.peak)}, {amount(runnable.sent)} sent a step){fit}"
+        )
+    return [f"a run takes {mode} only by name: placement.mode: {mode}; {instead}"]
 
 
 def _notes(request: PlanRequest, chosen: Candidate, found: list[Candidate]) -> list[str]:
@@ -134,7 +149,8 @@ def _notes(request: PlanRequest, chosen: Candidate, found: list[Candidate]) -> l
         notes.append(
             f"{better.layout.mode} with ZeRO {better.layout.zero_stage} and EP "
             f"{better.layout.expert_parallel_size} would be better (a peak of {better.peak / 1e9:,.1f} GB, "
-            f"{better.sent / 1e9:,.1f} GB sent); this version does not run it yet"
+            f"{better.sent / 1e9:,.1f} GB sent); a run takes it only by name, "
+            f"placement.mode: {better.layout.mode}"
         )
     narrowest = min((p.in_features for p in request.model.projections), default=0)
     experts = request.pool.num_experts

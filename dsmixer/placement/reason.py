@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsmixer.placement.choice import Candidate, usable_memory
-from dsmixer.placement.request import FLOAT32, PlanRequest
-from dsmixer.placement.traffic import destinations, dispatch_width, others, tokens_exchange, weights_exchange
+from dsmixer.placement.request import FLOAT32, PlanRequest, StageShape
+from dsmixer.placement.traffic import dispatch_width, others, tokens_exchange, weights_exchange
 
 
 def reason(request: PlanRequest, chosen: Candidate, found: list[Candidate]) -> str:
@@ -34,7 +34,7 @@ def _against(request: PlanRequest, chosen: Candidate, other: Candidate) -> str:
     if other.fits is False and chosen.fits is not False:
         return _too_large(request, other)
     sign = "<" if chosen.cost[0] < other.cost[0] else "=" if chosen.cost[0] == other.cost[0] else ">"
-    later = "" if other.available else " (not run by this version yet)"
+    later = "" if other.available else " (which a run takes by name only)"
     return f"{_cost(chosen)} {sign} {_cost(other)} of {_name(other)}{later}"
 
 
@@ -58,7 +58,8 @@ def _cost(candidate: Candidate) -> str:
 def exchanges(request: PlanRequest, chosen: Candidate) -> str:
     """The experts' weights and the tokens of one micro-batch on the wire, as formulas with their numbers.
 
-    For EP the chosen layout's, or all ranks where it does not spread the experts.
+    For EP the chosen layout's, or all ranks where it does not spread the experts. Tokens are the last
+    stage's, with stage one's beside them.
     """
     world, pool = request.cluster.world_size, request.pool
     if world == 1:
@@ -68,18 +69,23 @@ def exchanges(request: PlanRequest, chosen: Candidate) -> str:
         f"weights 3·R·E·Σ(D+O)·b_w·(W−1)/W = 3·{pool.rank}·{pool.num_experts}·{request.model.width:,}·"
         f"{FLOAT32}·{others(world):.3f} = {amount(weights)} a micro-batch"
     )
-    stage = next((stage for stage in request.stages if stage.top_k is not None), None)
-    if stage is None:
-        return f"{text}; tokens: 0, stage one feeds each rank its own domains"
+    stage = request.stages[-1]
     ep = chosen.layout.expert_parallel_size
     ep = ep if ep > 1 else min(world, pool.num_experts)
     top_k = pool.num_experts if stage.every_expert else (stage.top_k or 1)
-    reached = float(ep) if stage.every_expert else destinations(ep, top_k)
-    tokens = tokens_exchange(request, stage, ep)
-    sign = "<" if tokens < weights else ">"
+    sign = "<" if tokens_exchange(request, stage, ep) < weights else ">"
+    first = "".join(f"; in stage one, K 1: tokens {_tokens(request, s, ep)}" for s in request.stages[:-1])
     return (
-        f"tokens 2·n·K̂·Σ(D+O)·b_x·(EP−1)/EP = 2·{stage.tokens}·{reached:.3f}·{dispatch_width(request):,}·"
-        f"{request.base_bytes}·{others(ep):.3f} = {amount(tokens)} {sign} {text} (EP {ep}, K {top_k})"
+        f"tokens 2·n·K̂·Σ(D+O)·b_x·(EP−1)/EP = {_tokens(request, stage, ep)} {sign} {text} "
+        f"(EP {ep}, K {top_k}){first}"
+    )
+
+
+def _tokens(request: PlanRequest, stage: StageShape, ep: int) -> str:
+    """The numbers of the tokens' formula and what they come to."""
+    return (
+        f"2·{stage.tokens}·{stage.copies(ep):.3f}·{dispatch_width(request, stage):,}·{request.base_bytes}·"
+        f"{others(ep):.3f} = {amount(tokens_exchange(request, stage, ep))}"
     )
 
 

@@ -176,6 +176,15 @@ class StageShape:
         """n, with full rows."""
         return self.rows * self.max_length
 
+    def copies(self, num_ranks: int) -> float:
+        """K̂: ranks that a token goes to, on average; in stage one the owner of its domain's expert alone."""
+        return float(num_ranks) if self.every_expert else destinations(num_ranks, self.top_k or 1)
+
+
+def destinations(num_ranks: int, top_k: int) -> float:
+    """K̂: how many of EP ranks hold one of K experts, drawn evenly: EP · (1 − (1 − 1/EP)^K)."""
+    return num_ranks * (1.0 - (1.0 - 1.0 / num_ranks) ** top_k)
+
 
 @dataclass(frozen=True)
 class EngineSizes:
@@ -219,7 +228,7 @@ class PlanRequest:
         mode: ``auto`` or the one asked for.
         zero_stage: None or the one asked for.
         expert_parallel_size: None or the one asked for.
-        available_modes: those that the trainer runs.
+        available_modes: those that a run of this recipe takes.
         only_available: whether to choose among those alone.
         several_owners: whether a large expert may have several owners in a group.
     """
@@ -239,3 +248,9 @@ class PlanRequest:
     available_modes: tuple[str, ...] = MODES
     only_available: bool = True
     several_owners: bool = True
+
+    def dispatch_inputs(self, stage: StageShape) -> int:
+        """Σ D over the dispatches of a stage; those of a router that is asked and shared are one."""
+        return sum(
+            self.model.router_widths(self.pool.router if stage.top_k is not None else "per_projection")
+        )

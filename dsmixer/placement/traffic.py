@@ -4,11 +4,13 @@ Weights gathered by ZeRO-3 travel twice a micro-batch (forward, backward), and w
 once:
 
     weights    3 · R · E · (D + O) · b_w · (W − 1) / W                        a micro-batch
-    tokens     2 · n · K̂ · (D + O) · b_x · (EP − 1) / EP                      a micro-batch of stage two
-               K̂ = EP · (1 − (1 − 1/EP)^K), the ranks that hold a token's K experts, on average
+    tokens     2 · n · K̂ · (D + O) · b_x · (EP − 1) / EP                      a micro-batch
+               K̂ = EP · (1 − (1 − 1/EP)^K), the ranks that hold a token's K experts, on average;
+               in stage one K = 1, the expert of the token's domain, and so K̂ = 1
     gradients  2 · (what trains) · 4 · (W − 1) / W                            all-reduce
 
-The first two count forward and backward pass. A dispatch shared by projections counts their input once.
+The first two count forward and backward pass. A dispatch shared by projections counts their input once; in
+stage one, where no router is asked, none is shared.
 ZeRO-2 reduces gradients every micro-batch, ZeRO 0 and 1 once a step; ZeRO 1 and 2 gather the new weights
 after it (half of an all-reduce more). deepspeed 0.19.8 all-reduces under ZeRO-1/2, also where a rank then
 keeps a part only.
@@ -47,21 +49,14 @@ class StepTraffic:
         return {key: round(value) for key, value in (*asdict(self).items(), ("total", self.total))}
 
 
-def destinations(num_ranks: int, top_k: int) -> float:
-    """K̂: how many of EP ranks hold one of K experts, drawn evenly: EP · (1 − (1 − 1/EP)^K)."""
-    return num_ranks * (1.0 - (1.0 - 1.0 / num_ranks) ** top_k)
-
-
 def others(num_ranks: int) -> float:
     """The share of what a rank exchanges with its group that leaves it: (N − 1) / N."""
     return (num_ranks - 1) / num_ranks
 
 
-def dispatch_width(request: PlanRequest) -> int:
+def dispatch_width(request: PlanRequest, stage: StageShape) -> int:
     """Σ (D + O), with D once for projections whose shared router lets one dispatch serve them."""
-    return sum(request.model.router_widths(request.pool.router)) + sum(
-        p.out_features for p in request.model.projections
-    )
+    return request.dispatch_inputs(stage) + sum(p.out_features for p in request.model.projections)
 
 
 def weights_exchange(request: PlanRequest) -> float:
@@ -71,11 +66,9 @@ def weights_exchange(request: PlanRequest) -> float:
 
 
 def tokens_exchange(request: PlanRequest, stage: StageShape, ep: int) -> float:
-    """``tokens`` a micro-batch; 0 in stage one, where each rank is fed its own experts' domains."""
-    if stage.top_k is None:
-        return 0.0
-    chosen = ep if stage.every_expert else destinations(ep, stage.top_k)
-    return 2.0 * stage.tokens * chosen * dispatch_width(request) * request.base_bytes * others(ep)
+    """``tokens`` a micro-batch; in stage one each token goes to the one expert of its domain."""
+    width = dispatch_width(request, stage)
+    return 2.0 * stage.tokens * stage.copies(ep) * width * request.base_bytes * others(ep)
 
 
 def step_traffic(request: PlanRequest, layout: Layout, stage: StageShape) -> StepTraffic:

@@ -26,10 +26,18 @@ EXAMPLES_NAMED = 4
 
 @dataclass(frozen=True)
 class RunData:
-    """The domains of a run, and the examples kept from stage one for the routers."""
+    """The domains of a run, and the examples kept from stage one for the routers.
+
+    Attributes:
+        domains: with the examples that are left to stage one.
+        router_examples: of stage two, if it is on.
+        num_skipped: bad records passed over, of the domains and of the routers' own source; those that name
+            no domain of the run are in the quarantine file alone.
+    """
 
     domains: list[Domain]
     router_examples: list[Example]
+    num_skipped: int = 0
 
     @property
     def domain_names(self) -> list[str]:
@@ -47,12 +55,37 @@ class RunData:
 
 
 def load_run_data(recipe: Recipe, quarantine: Path | None) -> RunData:
-    """Read the domains; where stage two is on, keep its share from stage one."""
-    domains = load_domains(recipe.data, seed=recipe.run.seed, quarantine=quarantine)
+    """Read the domains; where stage two is on, keep its share from stage one.
+
+    Args:
+        recipe: the run's.
+        quarantine: file for the bad records that this reading skips, begun anew; None: they are only counted.
+
+    Raises:
+        UserError: data are missing or bad, or the quarantine file cannot be written.
+    """
+    if quarantine is not None:
+        _forget(quarantine)
+    seed = recipe.run.seed
+    domains = load_domains(recipe.data, seed=seed, quarantine=quarantine)
+    num_skipped = sum(domain.skipped for domain in domains)
     if not recipe.stage2.enabled:
-        return RunData(domains, [])
-    domains, router_examples = hold_out_router_examples(domains, recipe.stage2.data, recipe.run.seed)
-    return RunData(domains, router_examples)
+        return RunData(domains, [], num_skipped)
+    domains, router_examples, of_source = hold_out_router_examples(
+        domains,
+        recipe.stage2.data,
+        seed,
+        on_bad_record=recipe.data.on_bad_record,
+        quarantine=quarantine,
+    )
+    return RunData(domains, router_examples, num_skipped + of_source)
+
+
+def _forget(quarantine: Path) -> None:
+    try:
+        quarantine.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the quarantine file: {error}", where=str(quarantine)) from error
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from dsmixer.evaluation.methods import evaluate_mixture
 from dsmixer.evaluation.table import print_evaluation, write_evaluation
 from dsmixer.model.load import LoadedBase
 from dsmixer.report.page import build_report
+from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.training.engine import StageEngine
-from dsmixer.training.progress import console
+from dsmixer.training.progress import console, print_summary
+from dsmixer.training.run_folder import write_atomically
 from dsmixer.training.saving import whole_weights
 from dsmixer.training.stage_run import RunState
 from dsmixer.training.world import once
@@ -28,11 +31,37 @@ def finish_run(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
     weights = whole_weights(state.mixture)
     facts = _facts(state)
     _publish(state, base, weights, facts)
-    if state.loaded.recipe.evaluation.enabled and any(domain.test for domain in state.data.domains):
+    if not state.loaded.recipe.stage2.enabled:
+        state.say("stage two was not enabled: the routers are as they started, and choose at random")
+    if not any(domain.test for domain in state.data.domains):
+        state.say("no domain has a test part: nothing was evaluated")
+    elif state.loaded.recipe.evaluation.enabled:
         result = _evaluate(state, base, engine)
         _publish(state, base, weights, {**facts, "evaluation": result})
     report = once(state.world, lambda: str(build_report(state.folder.path)))
+    if state.world.rank == 0:
+        print_summary(_stage_rows(state), title="training")
     state.say(f"mixture: {state.folder.mixture}\nreport:  {report}")
+    once(state.world, lambda: write_atomically(state.folder.finished_mark, "done\n"))
+
+
+def _stage_rows(state: RunState) -> list[dict[str, object]]:
+    """One line a stage: steps, first and last loss, real tokens, time in steps."""
+    found: list[dict[str, object]] = []
+    rows = read_metrics(state.folder.path / METRICS_FILE)
+    for stage in sorted({row["stage"] for row in rows}):
+        own = [row for row in rows if row["stage"] == stage]
+        found.append(
+            {
+                "stage": stage,
+                "steps": own[-1]["step"],
+                "first loss (nats)": own[0]["loss"],
+                "last loss (nats)": own[-1]["loss"],
+                "logged tokens": sum(row["tokens"] for row in own),
+                "seconds in logged steps": sum(row["seconds"] for row in own),
+            }
+        )
+    return found
 
 
 def _publish(state: RunState, base: LoadedBase, weights: Tensors, facts: dict[str, Any]) -> None:
@@ -43,13 +72,18 @@ def _publish(state: RunState, base: LoadedBase, weights: Tensors, facts: dict[st
             state.mixture,
             state.folder.mixture,
             tokenizer=base.tokenizer,
-            base=recipe.base.model,
+            base=_lasting(recipe.base.model),
             revision=recipe.base.revision,
             state=weights,
             facts=facts,
         )
 
     once(state.world, save)
+
+
+def _lasting(model: str) -> str:
+    """A local base by its absolute path, so that the mixture is usable from any folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _facts(state: RunState) -> dict[str, Any]:

@@ -57,7 +57,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything a step needs, and nothing it changes but the model and the optimizer."""
+    """Everything a step needs, and nothing it changes but the model and the optimizer.
+
+    ``flat_rows`` lays a micro-batch out as one row: flash attention keeps packed examples apart only there.
+    """
 
     world: World
     stage: Stage
@@ -66,6 +69,7 @@ class Loop:
     describe: Callable[[MicroBatch], str]
     stop_request: StopRequest
     seed: int
+    flat_rows: bool = False
 
     def run_step(self, step: int) -> StepReport:
         """Optimizer step ``step`` (from 0): forward and backward over the micro-batches, then the update."""
@@ -129,6 +133,8 @@ class Loop:
         self, micro: MicroBatch, statistics: RoutingStatistics | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stage, context, engine = self.stage, self.engine.mixture.context, self.engine.engine
+        if self.flat_rows:
+            micro = micro.flat()
         router_loss, router_scale = stage.router_loss()
         with context.recording(stage.batch_routing(micro), statistics, router_loss):
             logits = engine(

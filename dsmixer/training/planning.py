@@ -56,7 +56,7 @@ def plan_request(
         facts: the pool.
         cluster: the ranks.
         zero_stage: the one that the engine will get; None: the recipe's, ``auto`` left open.
-        only_available: whether to choose among what this version runs alone.
+        only_available: whether to choose among what a run of the recipe takes alone.
         ds_path: a DeepSpeed JSON file from the command line.
 
     Raises:
@@ -81,9 +81,7 @@ def plan_request(
         mode=recipe.placement.mode,
         zero_stage=zero_stage if zero_stage is not None else written if isinstance(written, int) else None,
         expert_parallel_size=size if isinstance(size, int) else None,
-        available_modes=AUTOMATIC_MODES
-        if only_available and recipe.placement.mode == "auto"
-        else AVAILABLE_MODES,
+        available_modes=AUTOMATIC_MODES if recipe.placement.mode == "auto" else AVAILABLE_MODES,
         only_available=only_available,
         several_owners=False,
     )

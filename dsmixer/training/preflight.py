@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmixer.adapters.importing import Pool, check_paths, read_pool
 from dsmixer.checkpoint.restore import newest_checkpoint, read_state
@@ -41,6 +41,18 @@ def check_stage_order(recipe: Recipe, stages: Sequence[int], checkpoints: Path) 
         )
 
 
+def _check_positions(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
+    """Refuse rows longer than the base has positions."""
+    positions = getattr(bare.config.get_text_config(), "max_position_embeddings", None)
+    length = loaded.recipe.data.max_length
+    if isinstance(positions, int) and length > positions:
+        raise UserError(
+            f"rows of {length} tokens, and the base has {positions} positions",
+            where=loaded.where("data.max_length"),
+            fix=f"write {positions} or less",
+        )
+
+
 def read_inputs(loaded: LoadedRecipe, quarantine: Path | None) -> tuple[RunData, Pool | None]:
     """Read data and adapters, and hold them and the recipe against the base's structure.
 
@@ -54,6 +66,7 @@ def read_inputs(loaded: LoadedRecipe, quarantine: Path | None) -> tuple[RunData,
     """
     recipe = loaded.recipe
     bare = bare_base(recipe.base, packing=recipe.data.packing)
+    _check_positions(loaded, bare)
     targets = [target.path for target in find_targets(bare, recipe.mixer.targets)]
     pool = read_recipe_pool(recipe)
     if pool is not None:

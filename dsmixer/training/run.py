@@ -68,6 +68,7 @@ def train(request: RunRequest) -> None:
             if engine is not None:
                 engine.release()
             engine = _one_stage(state, base, number, accumulation[f"stage{number}"])
+        stop_request.at_once = True  # everything is saved, and no loop looks at the request any more
         if _left_for_later(request):
             _say(world, f"stage {_left_for_later(request)} is left for another call of the same command")
             return
@@ -150,6 +151,7 @@ def mixer_config(recipe: Recipe, experts: Sequence[str], pool: Pool | None) -> M
     ranks = {spec.name: spec.rank for spec in specs if spec.rank is not None}
     alphas = {spec.name: spec.alpha for spec in specs if spec.alpha is not None}
     if pool is not None:
+        _check_written(recipe, ranks, alphas, pool)
         ranks, alphas = {**ranks, **pool.ranks}, {**alphas, **pool.alphas}
     return MixerConfig(
         targets=mixer.targets,
@@ -169,6 +171,24 @@ def mixer_config(recipe: Recipe, experts: Sequence[str], pool: Pool | None) -> M
         top_p=stage2.top_p,
         seed=recipe.run.seed,
     )
+
+
+def _check_written(recipe: Recipe, ranks: dict[str, int], alphas: dict[str, float], pool: Pool) -> None:
+    """Refuse a rank, alpha or scaling in the recipe that is not the adapter's own."""
+    for key, written, own in (("rank", ranks, pool.ranks), ("alpha", alphas, pool.alphas)):
+        for name in written.keys() & own.keys():
+            if written[name] != own[name]:
+                raise UserError(
+                    f"{key} {written[name]} is written for {name}, and its adapter has {own[name]}",
+                    where=f"mixer.experts: {name}",
+                    fix=f"leave {key} out; it comes with the adapter",
+                )
+    if recipe.mixer.rslora and not pool.rslora:
+        raise UserError(
+            "rslora: true is written, and not every adapter is rsLoRA",
+            where="mixer.rslora",
+            fix="leave it out; the scale comes with the adapters",
+        )
 
 
 def _check_same_data(world: World, data: RunData) -> None:

@@ -57,9 +57,13 @@ class RunFolder:
     def checkpoints(self, stage: int) -> Path:
         return self.path / "checkpoints" / f"stage{stage}"
 
+    @property
+    def finished_mark(self) -> Path:
+        return self.path / ".finished"
+
     def finished(self) -> bool:
-        """The report is written last."""
-        return self.report.is_file()
+        """Whether the run itself has written its last file; a report alone can be made at any time."""
+        return self.finished_mark.is_file()
 
 
 def find_run_folder(loaded: LoadedRecipe) -> RunFolder:

@@ -17,7 +17,7 @@ from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.model.inject import Mixture
 from dsmixer.training.data import RunData, StageData
 from dsmixer.training.engine import StageEngine, start_engine
-from dsmixer.training.health import StopRequest
+from dsmixer.training.health import Stopped, StopRequest
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.metrics import MetricsLog, routing_metrics
 from dsmixer.training.optimizer import AdamSettings
@@ -27,10 +27,6 @@ from dsmixer.training.saving import load_weights, restore_optimizer, snapshot
 from dsmixer.training.stages import HardStage, SoftStage, Stage, expert_lookup
 from dsmixer.training.tensorboard import TensorBoardLog
 from dsmixer.training.world import World, once
-
-
-class Stopped(Exception):
-    """The run was asked to stop by a signal, and has saved."""
 
 
 @dataclass
@@ -111,11 +107,22 @@ def run_stage(state: RunState, number: int, data: StageData) -> StageEngine:
         engine.optimizer.hold_origin()
     stage = make_stage(state, number, data, usage)
     loop = Loop(
-        state.world, stage, engine, data.batch, data.describe, state.stop_request, loaded.recipe.run.seed
+        world=state.world,
+        stage=stage,
+        engine=engine,
+        batch_of=data.batch,
+        describe=data.describe,
+        stop_request=state.stop_request,
+        seed=loaded.recipe.run.seed,
+        flat_rows=_attention_of(mixture.model).startswith("flash"),
     )
     if start < stage.num_steps:
         _StageLog(state, stage, data).run(loop, start)
     return engine
+
+
+def _attention_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
 
 
 @dataclass
@@ -152,7 +159,7 @@ class _StageLog:
         last = report.step == self.stage.num_steps
         if last or report.stop or report.step % self.state.loaded.recipe.checkpoint.every == 0:
             self._save(loop, report.step)
-        if report.stop and not last:
+        if report.stop:
             raise Stopped(f"stopped after step {report.step} of stage {self.stage.number}, and saved")
 
     def _save(self, loop: Loop, step: int) -> None:
@@ -205,8 +212,9 @@ class _Logs:
         if report.statistics is not None:
             names = self.state.mixture.expert_names
             experts = self.state.data.expert_of_domain(names)
-            values |= routing_metrics(report.statistics, expert_names=names, expert_of_domain=experts)
-        return values
+            return values | routing_metrics(report.statistics, expert_names=names, expert_of_domain=experts)
+        # no router takes part in stage one; the keys are there for whoever reads every row
+        return values | {"routing_entropy": None, "load_variance": None}
 
     def __enter__(self) -> _Logs:
         return self

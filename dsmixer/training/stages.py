@@ -89,7 +89,7 @@ class HardStage:
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         rate = _rates(self.config, step, self.num_steps)
         reached_U = torch.cat((self._targets_E > 0, torch.tensor([False])))
-        return StepPlan(rate, rate, reached_U)
+        return StepPlan(rate, 0.0, reached_U)
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +50,8 @@ def join_world(timeout_seconds: float) -> World:
     if not on_cpu:
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
+        if on_cpu:
+            _prepare_shared_memory_op(local_rank)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of an op it has built
             deepspeed.init_distributed(
                 dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
@@ -56,6 +60,35 @@ def join_world(timeout_seconds: float) -> World:
             )
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
     return World(rank, size, device)
+
+
+def _prepare_shared_memory_op(local_rank: int) -> None:
+    """Make up for what DeepSpeed's collectives between CPU processes leave behind.
+
+    A process killed while it built the op leaves a lock that every later start would wait on forever; and
+    each rank's buffer of 69 MB in shared memory is never removed.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    for lock in Path(folder).glob("**/deepspeed_shm_comm/lock"):
+        if local_rank == 0 and not _is_open(lock):
+            lock.unlink(missing_ok=True)
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    atexit.register(_remove_buffers, f"deepspeed_allreduce_buffer_*_{address}_{port}_{local_rank}")
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this user has the file open, as the one that builds does with its lock."""
+    wanted = os.path.realpath(path)
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == wanted:
+                return True
+    return False
+
+
+def _remove_buffers(pattern: str) -> None:
+    for buffer in Path("/dev/shm").glob(pattern):
+        buffer.unlink(missing_ok=True)
 
 
 def once(world: World, work: Callable[[], Result]) -> Result:

@@ -58,8 +58,32 @@ def test_json_holds_the_choice_and_marks_what_this_version_runs(
     )
     assert plan["fits"] is True and plan["device_memory"] == 24 * 2**30
     available = {layout["mode"]: layout["available"] for layout in plan["layouts"]}  # type: ignore[attr-defined]
-    assert available == {"replicate": True, "weights": True, "tokens": True}
-    assert plan["runnable"]["mode"] == plan["mode"]  # type: ignore[index]
+    assert available == {"replicate": True, "weights": True, "tokens": False}
+    assert plan["runnable"]["mode"] == plan["mode"] == "replicate"  # type: ignore[index]
+    assert not any("by name" in note for note in plan["notes"])  # type: ignore[attr-defined]
+
+
+def test_a_plan_that_chose_tokens_says_that_a_run_takes_it_by_name_only(
+    recipe: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 experts of rank 64 on short rows: the experts' gradients are more than the tokens."""
+    monkeypatch.setenv("COLUMNS", "160")
+    rows = ("mixer.rank=64", "data.max_length=64")
+    common = ["--config", str(recipe), *rows, "--model-config", str(config), "--world-size", "8"]
+    pool = ("--experts", "512")
+    plan = planned(capsys, *common, *pool)
+    assert plan["mode"] == "tokens" and plan["available"] is False
+    assert plan["runnable"]["mode"] == "replicate"  # type: ignore[index]
+    assert main(["plan", *common, *pool]) == 0
+    shown = capsys.readouterr().out
+    assert "note: a run takes tokens only by name: placement.mode: tokens; with auto and deepspeed" in shown
+    assert "by name" in shown and "not yet" not in shown
+    named = planned(capsys, *common[:2], "placement.mode=tokens", *common[2:], *pool)
+    assert named["available"] is True and named["notes"] == [
+        note
+        for note in plan["notes"]
+        if "by name" not in note  # type: ignore[attr-defined]
+    ]
 
 
 @pytest.mark.parametrize(("mode", "taken"), [("auto", AUTOMATIC_MODES), ("tokens", ("tokens",))])

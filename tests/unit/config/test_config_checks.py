@@ -166,6 +166,11 @@ def test_what_goes_together_passes(load: Load, more: str) -> None:
     [
         ("openai/gsm8k", False),
         ("gsm8k", False),
+        ("openai/gsm8k@main", False),
+        ("openai/gsm8k@refs/convert/parquet", False),
+        ("openai/gsm8k@", True),
+        ("train.jsonl@main", True),
+        ("./folder@main", True),
         ("data/train.jsonl", True),
         ("train.parquet", True),
         ("./folder", True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmixer.config.errors import UserError
-from dsmixer.config.schema import RouterDataConfig
+from dsmixer.config.schema import Recipe, RouterDataConfig
 from dsmixer.data.domains import Domain, domain_ids
 from dsmixer.data.holdout import UNLABELLED, held_out_counts, hold_out_router_examples
 from dsmixer.data.records import Example
+from dsmixer.training.data import load_run_data
 
 
 def domain(name: str, size: int) -> Domain:
@@ -24,9 +26,9 @@ DOMAINS = [domain("a", 100), domain("b", 50), domain("c", 2)]
 
 
 def test_held_out_examples_are_gone_from_stage_one_and_nothing_is_lost() -> None:
-    rest, router = hold_out_router_examples(DOMAINS, RouterDataConfig(max_examples=15), 0)
+    rest, router, skipped = hold_out_router_examples(DOMAINS, RouterDataConfig(max_examples=15), 0)
     kept = [example for d in rest for example in d.train]
-    assert not set(kept) & set(router)
+    assert not set(kept) & set(router) and skipped == 0
     assert sorted(e.location for e in kept + router) == sorted(e.location for d in DOMAINS for e in d.train)
     assert [sum(e.domain == name for e in router) for name in "abc"] == [9, 5, 1]  # 9.87, 4.93, 0.20
 
@@ -70,9 +72,50 @@ def test_a_source_of_its_own_leaves_the_domains_whole_and_needs_no_labels(tmp_pa
     path = tmp_path / "mixed.csv"
     path.write_text("prompt,completion\n" + "".join(f"p{i},c{i}\n" for i in range(20)))
     data = RouterDataConfig(source=str(path), max_examples=5)
-    rest, router = hold_out_router_examples(DOMAINS, data, 0)
-    assert rest == DOMAINS and len(router) == 5 and {e.domain for e in router} == {UNLABELLED}
+    rest, router, skipped = hold_out_router_examples(DOMAINS, data, 0)
+    assert (
+        rest == DOMAINS and len(router) == 5 and skipped == 0 and {e.domain for e in router} == {UNLABELLED}
+    )
     assert domain_ids(router, ["a", "b", "c"]).tolist() == [3] * 5
     path.write_text("prompt,completion\n")
     with pytest.raises(UserError, match="no example in it"):
         hold_out_router_examples(DOMAINS, data, 0)
+
+
+BROKEN = '{"prompt": "p", "completion": " c"}\n{"prompt": "half\n{"completion": " c"}\n'
+
+
+def test_a_bad_record_of_the_routers_source_stops_unless_it_is_to_be_skipped(tmp_path: Path) -> None:
+    source, quarantine = tmp_path / "router.jsonl", tmp_path / "run" / "quarantine.jsonl"
+    source.write_text(BROKEN)
+    data = RouterDataConfig(source=str(source))
+    with pytest.raises(UserError, match=r"router\.jsonl:2"):
+        hold_out_router_examples(DOMAINS, data, 0)
+    _, router, skipped = hold_out_router_examples(
+        DOMAINS, data, 0, on_bad_record="skip", quarantine=quarantine
+    )
+    assert ([e.prompt for e in router], skipped) == (["p"], 2)
+    assert locations(quarantine) == [f"{source}:2", f"{source}:3"]
+
+
+def test_skipped_records_of_domains_and_routers_end_in_one_file_however_often_they_are_read(
+    tmp_path: Path,
+) -> None:
+    own, source, quarantine = (tmp_path / name for name in ("law.jsonl", "router.jsonl", "q.jsonl"))
+    own.write_text(BROKEN)
+    source.write_text(BROKEN)
+    recipe = Recipe.model_validate(
+        {
+            "base": {"model": "unused"},
+            "data": {"on_bad_record": "skip", "domains": [{"name": "law", "train": str(own)}]},
+            "stage2": {"data": {"source": str(source)}},
+        }
+    )
+    for _ in range(2):
+        assert load_run_data(recipe, quarantine).num_skipped == 4
+        assert locations(quarantine) == [f"{file}:{line}" for file in (own, source) for line in (2, 3)]
+    assert load_run_data(recipe, None).num_skipped == 4
+
+
+def locations(quarantine: Path) -> list[str]:
+    return [json.loads(line)["location"] for line in quarantine.read_text().splitlines()]

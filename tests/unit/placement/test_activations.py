@@ -89,6 +89,23 @@ def test_the_formula_is_close_to_what_autograd_saves(
     assert found == pytest.approx(expected, rel=0.1)
 
 
+def test_travelling_tokens_are_kept_by_the_rank_that_received_them() -> None:
+    """Four layers of width 64 in float32: q, k, v and o receive what two blocks read; 64 tokens."""
+    model = model_shape(small_llama(torch.float32, False), "qkvo")
+    plan = PlanRequest(model, Pool((8,) * 4, (1.0,) * 4), Cluster(4), (STAGE1,), base_bytes=4)
+    blocks, each = 4 * 2 * 64 * 4, 4 * 4 * 64 * 4
+    here, there = activation_bytes(plan, STAGE1), activation_bytes(plan, STAGE1, 4)
+    assert there - here == 64 * (each - blocks)
+    copies = 4 * (1 - (3 / 4) ** 2)
+    more = activation_bytes(plan, STAGE2, 4) - activation_bytes(plan, STAGE2)
+    assert more == 64 * copies * each, "the routers keep the blocks' input beside it"
+    shared = replace(plan, pool=replace(plan.pool, router="per_block"))
+    more = activation_bytes(shared, STAGE2, 4) - activation_bytes(shared, STAGE2)
+    assert more == 64 * copies * blocks
+    assert activation_bytes(shared, STAGE1, 4) == there
+    assert working_bytes(plan, STAGE1, 4, 4) - working_bytes(plan, STAGE1, 4) == 64 * 2 * 4 * (64 + 64)
+
+
 def test_checkpointing_and_short_rows_keep_less_and_dropout_keeps_more() -> None:
     model = model_shape(small_llama(torch.float32, False), "qkvo")
     plan = PlanRequest(model, Pool((8,) * 4, (1.0,) * 4), Cluster(1), (STAGE1,), base_bytes=4)

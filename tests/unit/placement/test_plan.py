@@ -35,6 +35,12 @@ def test_the_trainer_s_plan_takes_only_what_it_runs_and_says_what_would_be_bette
     free = make_plan(request(64, 8, 80, available_modes=TRAINER, only_available=False))
     assert free.mode == "tokens" and not free.chosen.available
     assert free.runnable is not None and free.runnable.layout == plan.chosen.layout
+    assert free.notes[0] == (
+        "a run takes tokens only by name: placement.mode: tokens; with auto and deepspeed.zero_stage: 1 it "
+        f"takes replicate (a peak of {free.runnable.peak / 1e9:.2f} GB, 73.64 GB sent a step)"
+    )
+    named = make_plan(request(64, 8, 80, mode="tokens"))
+    assert not any("by name" in note for note in (*plan.notes[1:], *named.notes))
 
 
 def test_a_small_device_moves_the_choice_to_a_layout_that_holds_less() -> None:
@@ -45,18 +51,37 @@ def test_a_small_device_moves_the_choice_to_a_layout_that_holds_less() -> None:
 
 
 def test_link_speeds_decide_by_time_instead_of_bytes() -> None:
-    """Two nodes: EP 16 sends least, EP 8 keeps the tokens inside a node."""
-    plan = request(64, 16, 80)
-    assert make_plan(plan).expert_parallel_size == 16
+    """Two nodes: EP 16 sends least, EP 8 keeps the tokens inside a node.
+
+    A step of each stage under ZeRO-1, in GB: tokens 4 · 2 · 1,024 · (1 + K̂) · 851,968 · 2 · (EP − 1)/EP,
+    which is 49.9 for EP 16 (K̂ = 2.816) and 44.5 for EP 8 (2.641); gradients of the routers 0.75, and for
+    EP 8, where two ranks hold the same experts, twice 3 · 4 · 16 · 64 · 851,968 / 2 = 5.23: 50.7 against
+    55.7. But between nodes at 5 GB/s EP 16 takes 10.1 s, and EP 8 sends 11.2 there: 2.2 s, with 0.1 s inside.
+    """
+    plan = request(128, 16, 80)
+    least = make_plan(plan)
+    assert (least.expert_parallel_size, least.zero_stage) == (16, 1)
+    assert least.chosen.sent == pytest.approx(50.7e9, rel=1e-3)
     linked = replace(plan.cluster, link_speed=450e9, node_link_speed=5e9)
-    assert make_plan(replace(plan, cluster=linked)).expert_parallel_size == 8
+    quickest = make_plan(replace(plan, cluster=linked))
+    assert (quickest.expert_parallel_size, quickest.zero_stage) == (8, 1)
+    assert quickest.chosen.sent == pytest.approx(55.7e9, rel=1e-3)
+    assert quickest.chosen.seconds == pytest.approx(11.2 / 5 + 44.5 / 450, rel=1e-2)
 
 
 def test_the_reason_is_an_inequality_with_its_numbers() -> None:
+    """Tokens of both stages 4 · (3.053 + 8.063) GB, and 0.352 GB of the routers' gradients: 44.82 GB."""
     plan = make_plan(request(64, 8, 80))
-    assert "32.60 GB a step < 519.39 GB a step of weights" in plan.reason
+    assert "44.82 GB a step < 519.39 GB a step of weights" in plan.reason
     assert "2·1024·2.641·851,968·2·0.875 = 8.06 GB < " in plan.exchange
     assert "3·64·64·851,968·4·0.875 = 36.64 GB" in plan.exchange
+    assert "in stage one, K 1: tokens 2·1024·1.000·851,968·2·0.875 = 3.05 GB" in plan.exchange
+    assert "(EP 8, K 3)" in plan.exchange
+
+
+def test_with_stage_one_alone_the_exchange_is_that_of_one_expert_a_token() -> None:
+    text = make_plan(request(64, 8, 80, stages=(STAGE1,), router="per_block")).exchange
+    assert "2·1024·1.000·851,968·2·0.875 = 3.05 GB < weights" in text and text.endswith("(EP 8, K 1)")
 
 
 def test_one_router_a_block_is_proposed_once_experts_outnumber_an_eighth_of_the_width() -> None:
@@ -117,9 +142,10 @@ def test_pairs_that_do_not_go_together_are_refused(changes: dict[str, object]) -
     assert error.value.fix
 
 
-def test_a_mode_the_trainer_does_not_run_is_refused_for_training() -> None:
-    with pytest.raises(UserError, match="tokens is not supported by this version"):
+def test_a_mode_that_a_run_takes_by_name_only_is_refused_where_it_is_the_only_one_left() -> None:
+    with pytest.raises(UserError, match="a run takes tokens by name only") as error:
         make_plan(request(6, 4, mode="tokens", available_modes=TRAINER))
+    assert error.value.fix == "write mode: tokens"
 
 
 def test_the_plan_is_plain_json_and_names_owners() -> None:

@@ -13,9 +13,8 @@ from unit.placement.llama3 import STAGE1, STAGE2, request
 
 from dsmixer.placement.memory import Layout
 from dsmixer.placement.owners import assign_owners
-from dsmixer.placement.request import Cluster
+from dsmixer.placement.request import Cluster, destinations
 from dsmixer.placement.traffic import (
-    destinations,
     dispatch_width,
     step_seconds,
     step_traffic,
@@ -77,14 +76,25 @@ def test_llama3_crosses_from_weights_to_tokens_at_about_64_experts() -> None:
 
 
 def test_a_dispatch_that_serves_q_k_and_v_counts_their_input_once() -> None:
-    alone, shared = dispatch_width(request(6, 4)), dispatch_width(request(6, 4, router="per_block"))
-    assert alone == 32 * (4 * 4096 + 4096 + 1024 + 1024 + 4096)
-    assert alone - shared == 32 * 2 * 4096
+    alone, shared = request(6, 4), request(6, 4, router="per_block")
+    width = 32 * (4 * 4096 + 4096 + 1024 + 1024 + 4096)
+    assert dispatch_width(alone, STAGE2) == width
+    assert width - dispatch_width(shared, STAGE2) == 32 * 2 * 4096
+    # stage one asks no router, so that there is none to share
+    assert dispatch_width(alone, STAGE1) == dispatch_width(shared, STAGE1) == width
 
 
-def test_stage_one_sends_no_tokens() -> None:
-    sent = step_traffic(request(64, 8), Layout("tokens", 1, 8, 8), STAGE1)
-    assert sent.tokens == 0 and sent.total == 0
+@pytest.mark.parametrize("router", ["per_projection", "per_block"])
+def test_stage_one_sends_each_token_to_one_expert_out_and_back_in_both_passes(router: str) -> None:
+    """Four micro-batches of 1,024 tokens in bf16, seven of eight to another rank, where EP 8 trains alone."""
+    sent = step_traffic(request(64, 8, router=router), Layout("tokens", 1, 8, 8), STAGE1)
+    assert sent.tokens == 4 * 2 * 1024 * 851_968 * 2 * 7 / 8 == 12_213_813_248
+    assert sent.total == sent.tokens
+    assert tokens_exchange(request(64, 8), STAGE1, 8) == 3_053_453_312
+    # two groups of four also reduce their experts' gradients: 3 (W − 1)/W of 16 · 64 · 851,968 weights
+    pairs = step_traffic(request(64, 8, router=router), Layout("tokens", 1, 4, 16), STAGE1)
+    assert pairs.tokens == 4 * 2 * 1024 * 851_968 * 2 * 3 / 4
+    assert pairs.gradients == 3 * 4 * 16 * 64 * 851_968 / 2
 
 
 @pytest.mark.parametrize(("zero_stage", "times"), [(0, 2), (1, 3), (2, 9)])
