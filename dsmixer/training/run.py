@@ -205,6 +205,8 @@ def _check_same_data(world: World, data: RunData) -> None:
 def _announce(
     world: World, data: RunData, mixture: Mixture, counts: WeightCounts, zero_stage: int, seconds: float
 ) -> None:
+    if data.num_skipped:
+        _say(world, f"{data.num_skipped:,} bad records skipped, see quarantine.jsonl in the run folder")
     total = counts.base + counts.experts + counts.routers
     examples = sum(len(domain.train) for domain in data.domains)
     _say(

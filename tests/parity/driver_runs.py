@@ -32,9 +32,10 @@ from dsmixer.model.load import LoadedBase
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training import run as run_module
 from dsmixer.training.engine import StageEngine
+from dsmixer.training.health import Stopped
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.run import RunRequest, train
-from dsmixer.training.stage_run import RunState, Stopped
+from dsmixer.training.stage_run import RunState
 
 
 class UnscaledLoop(Loop):
