@@ -16,16 +16,23 @@ ruff check .
 ruff format --check --quiet . || fail "some files are not formatted" "run: .venv/bin/ruff format ."
 mypy dsmixer
 
+# tests that start processes of their own run one after another
 paths=()
-for folder in unit dist parity real reliability; do
+for folder in dist parity real reliability; do
     if [[ -n "$(find "tests/$folder" -name 'test_*.py' -print -quit 2>/dev/null)" ]]; then
         paths+=("tests/$folder")
     fi
 done
-for argument in "$@"; do
-    if [[ -e "${argument%%::*}" ]]; then
-        paths=()
-    fi
-done
-python -m pytest -q -ra --durations=10 ${paths[@]+"${paths[@]}"} "$@"
+if [[ $# -eq 0 ]]; then
+    python -m pytest -q -ra --durations=10 -n 2 --dist loadfile tests/unit
+    python -m pytest -q -ra --durations=10 "${paths[@]}"
+else
+    for argument in "$@"; do
+        if [[ -e "${argument%%::*}" ]]; then
+            paths=()
+        fi
+    done
+    [[ ${#paths[@]} -gt 0 ]] && paths+=(tests/unit)
+    python -m pytest -q -ra --durations=10 ${paths[@]+"${paths[@]}"} "$@"
+fi
 echo "all checks: $((SECONDS - began)) s"

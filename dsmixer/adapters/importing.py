@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dsmixer.adapters.module_names import base_module_names, shortest_names
 from dsmixer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, read_adapter
 from dsmixer.config.errors import UserError
 from dsmixer.config.stages import NAME_PATTERN
-from dsmixer.experts.bank import lora_scaling
+from dsmixer.experts.bank import ExpertBank, lora_scaling
 from dsmixer.model.inject import Mixture, attach_mixers
 from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.model.mixer_config import MixerConfig
@@ -166,23 +166,40 @@ def fill_experts(mixture: Mixture, pool: Pool) -> None:
     Raises:
         UserError: an adapter does not fit the mixture's projections exactly.
     """
-    _check_scales(pool, mixture.config)
+    check_scales(pool, mixture.config)
     check_paths(pool, mixture.model, mixture.mixers)
+    local = [mixture.expert_names[e] for e in mixture.placement.layout.local]
     for path, mixer in mixture.mixers.items():
-        for name in pool.adapters:
-            expert = mixture.expert_names.index(name)
-            if expert not in mixture.placement.layout.local:
-                continue
-            index = mixture.placement.layout.local.index(expert)
-            matrices = pool.matrices(name, path)
-            if matrices is None:
-                mixer.bank.lora_A[index].zero_()
-                mixer.bank.lora_B[index].zero_()
-            else:
-                mixer.bank.set_expert(index, *matrices)
+        fill_bank(pool, path, mixer.bank, local)
 
 
-def _check_scales(pool: Pool, config: MixerConfig) -> None:
+def fill_bank(pool: Pool, path: str, bank: ExpertBank, local: Sequence[str]) -> None:
+    """Write a pool's weights of one projection into its bank.
+
+    Args:
+        pool: checked against the mixture.
+        path: of the projection.
+        bank: of the experts of this rank.
+        local: their names, in the bank's order.
+    """
+    for index, name in enumerate(local):
+        if name not in pool.adapters:
+            continue
+        matrices = pool.matrices(name, path)
+        if matrices is None:
+            with torch.no_grad():
+                bank.lora_A[index].zero_()
+                bank.lora_B[index].zero_()
+        else:
+            bank.set_expert(index, *matrices)
+
+
+def check_scales(pool: Pool, config: MixerConfig) -> None:
+    """Refuse a mixture that gives an adapter another rank, alpha or way of scaling than its own.
+
+    Raises:
+        UserError: names the adapter and both values.
+    """
     if pool.rslora != config.rslora:
         problem = f"rslora is {pool.rslora} in the pool and {config.rslora} in the mixture"
         raise UserError(problem, where="mixer.rslora", fix="give both the same")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dsmixer.checkpoint.atomic import flush, flush_tree
 from dsmixer.config.errors import UserError
 
 
@@ -36,12 +36,12 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
-        _flush(part)
+        flush_tree(part)
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         part.rename(folder)
-        _flush_directory(folder.parent)
+        flush(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         fix = "free space, or choose another folder"
@@ -52,19 +52,3 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
 
 def _is_free(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def _flush(folder: Path) -> None:
-    for directory, _, files in os.walk(folder):
-        for name in files:
-            with open(Path(directory) / name, "rb") as file:
-                os.fsync(file.fileno())
-        _flush_directory(Path(directory))
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

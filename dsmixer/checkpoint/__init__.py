@@ -1,1 +1,1 @@
-"""What a run saves to go on from: weights, moments and cursors, whole and independent of the layout."""
+"""What a run saves to go on from: weights, moments and cursors, keyed by expert, whatever the layout."""

@@ -1,76 +1,104 @@
-"""Save a checkpoint so that it is there whole or not at all."""
+"""The life of a checkpoint folder: begun under a hidden name, published by rename, kept for a while."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from dsmixer.checkpoint.atomic import flush, write_json, write_text
+from dsmixer.checkpoint.parts import file_entry
+from dsmixer.checkpoint.retention import Retention, no_longer_kept
+from dsmixer.checkpoint.schema import (
+    CONFIG,
+    MANIFEST,
+    STATE,
+    STEP_PATTERN,
+    CheckpointState,
+    step_name,
+    step_of,
+)
+from dsmixer.checkpoint.verify import manifest_text
 
-from dsmixer.checkpoint.schema import MANIFEST, STATE, STEP_PATTERN, TENSORS, Checkpoint, step_name
+SAVING, DROPPING = ".saving-", ".dropping-"
+SPARE_BYTES = 2**20
+"""Room beside the tensors, for lists and checksums."""
 
-SAVING = ".saving-"
+
+def building_folder(folder: Path, step: int) -> Path:
+    """Where a checkpoint is until it is published."""
+    return folder / f"{SAVING}{step_name(step)}"
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write under a temporary name, flush, and publish by rename; then drop the oldest beyond ``keep``.
+def begin_save(folder: Path, step: int, num_bytes: int) -> None:
+    """Clear what an interrupted save has left, look for space, and make the hidden folder.
 
     Args:
         folder: of the stage, such as ``runs/NAME/checkpoints/stage1``.
-        checkpoint: what to save.
-        keep: checkpoints of the stage that stay.
+        step: optimizer steps done.
+        num_bytes: of the tensors, over all ranks.
 
     Raises:
-        OSError: no space, or no right to write; what was there before is untouched.
+        OSError: too little space, or no right to write.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clear_unfinished(folder)
-    target = folder / step_name(checkpoint.state.step)
-    building = folder / f"{SAVING}{target.name}"
-    building.mkdir()
-    try:
-        _write(building, checkpoint)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise as_os_error(error, folder) from error
-    if target.exists():
-        shutil.rmtree(target)
+    check_space(folder, num_bytes + SPARE_BYTES)
+    building_folder(folder, step).mkdir()
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises OSError where the disk of ``folder`` has less than ``num_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        problem = f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes are needed and {free:,} are free"
+        raise OSError(errno.ENOSPC, problem, str(folder))
+
+
+def finish_save(
+    folder: Path, state: CheckpointState, config: str, entries: Mapping[str, Mapping[str, Any]]
+) -> Path:
+    """Write state, configuration and manifest beside the ranks' files, and publish.
+
+    Args:
+        folder: of the stage.
+        state: of the checkpoint.
+        config: the text of its ``config.yaml``.
+        entries: of the files that the ranks have written and flushed.
+
+    Raises:
+        OSError: it can't be written; nothing is published.
+    """
+    building = building_folder(folder, state.step)
+    write_json(building / STATE, state.to_dict())
+    write_text(building / CONFIG, config)
+    own = {name: file_entry(building / name) for name in (STATE, CONFIG)}
+    write_text(building / MANIFEST, manifest_text({**entries, **own}))
+    flush(building)
+    target = folder / step_name(state.step)
+    before = _hidden(target)
+    if target.exists():  # damaged, or it would have been gone on from
+        os.rename(target, before)
     os.rename(building, target)
-    _flush(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    flush(folder)
+    shutil.rmtree(before, ignore_errors=True)
     return target
 
 
-def _write(building: Path, checkpoint: Checkpoint) -> None:
-    tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
-    save_file(tensors, building / TENSORS)
-    (building / STATE).write_text(json.dumps(checkpoint.state.to_dict(), indent=1))
-    entries = {name: _entry(building / name) for name in (TENSORS, STATE)}
-    (building / MANIFEST).write_text(json.dumps(entries, indent=1))
-    for name in (TENSORS, STATE, MANIFEST):
-        _flush(building / name)
+def abandon_save(folder: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that can't be finished."""
+    shutil.rmtree(building_folder(folder, step), ignore_errors=True)
 
 
-def as_os_error(error: OSError | SafetensorError, place: Path) -> OSError:
-    """The system's error behind one of safetensors, which keeps its number only in the text."""
-    if isinstance(error, OSError):
-        return OSError(error.errno, error.strerror, str(place))
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else errno.EIO
-    return OSError(number, os.strerror(number), str(place))
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what an interrupted save has left."""
-    for left in folder.glob(f"{SAVING}*"):
-        shutil.rmtree(left)
+def clear_unfinished(folder: Path) -> list[str]:
+    """Remove what an interrupted save has left; the names of the folders that were there."""
+    left = sorted([*folder.glob(f"{SAVING}*"), *folder.glob(f"{DROPPING}*")])
+    for path in left:
+        shutil.rmtree(path)
+    return [path.name for path in left]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -78,22 +106,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.is_dir() and STEP_PATTERN.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=lambda path: step_of(path.name))
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def drop_old(folder: Path, retention: Retention, loss_of: Mapping[int, float | None]) -> None:
+    """Remove the checkpoints of a stage that are no longer to be kept.
+
+    Args:
+        folder: of the stage.
+        retention: what is kept.
+        loss_of: of each checkpoint by its step, None or absent where it is not known.
+    """
+    steps = {step_of(path.name): path for path in list_checkpoints(folder)}
+    for step in no_longer_kept({step: loss_of.get(step) for step in steps}, retention):
+        _drop(steps[step])
 
 
-def _entry(path: Path) -> dict[str, object]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _drop(path: Path) -> None:
+    """Under a hidden name first: what is half removed is no checkpoint."""
+    os.rename(path, _hidden(path))
+    shutil.rmtree(_hidden(path))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hidden(path: Path) -> Path:
+    return path.with_name(f"{DROPPING}{path.name}")

@@ -1,12 +1,16 @@
 """What is in a checkpoint folder.
 
     checkpoints/stage1/step-00000100/
-        tensors.safetensors     weights/NAME, exp_avg/NAME, exp_avg_sq/NAME, origin/NAME, usage
-        state.json              CheckpointState
-        manifest.json           size and sha256 of the other files, written last
+        rank-00000-000.safetensors  KIND/NAME, flat: what rank 0 holds of that parameter; bounded in size
+        rank-00000.json             where in these files which elements of which expert are
+        ...                         as many as the ranks that saved, and their files
+        state.json                  CheckpointState
+        config.yaml                 the configuration under which it was saved
+        manifest.json               size and sha256 of all other files, written last
 
-NAME is a parameter's name in the model. Tensors are whole and float32, whatever the ranks and ZeRO stage
-were. There are no frozen base weights in it.
+KIND is one of ``KINDS``, NAME a parameter's name in the model. Experts are known by their names. All numbers
+are float32, and nothing in the folder depends on the ranks and the ZeRO stage that it will be read with.
+There are no frozen base weights in it.
 """
 
 from __future__ import annotations
@@ -15,18 +19,32 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
 from dsmixer.config.errors import UserError
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FORMAT = 1
+STATE, CONFIG, MANIFEST = "state.json", "config.yaml", "manifest.json"
+FORMAT = 2
+KINDS = ("weights", "exp_avg", "exp_avg_sq", "origin")
 STEP_PATTERN = re.compile(r"^step-(\d{8,})$")
 
 
 def step_name(step: int) -> str:
     """Folder name of the checkpoint after ``step`` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The way back."""
+    return int(name.split("-")[1])
+
+
+def part_name(rank: int, number: int) -> str:
+    """The ``number``-th file of tensors of a rank."""
+    return f"rank-{rank:05d}-{number:03d}.safetensors"
+
+
+def index_name(rank: int) -> str:
+    """The list of what a rank's files hold."""
+    return f"rank-{rank:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,14 @@ class CheckpointState:
         stage: 1 or 2.
         step: optimizer steps done.
         num_steps: of the stage; ``step == num_steps`` is a finished stage.
+        experts: names of the pool, in order.
+        ranks: LoRA rank of each; a bank is as high as the highest, rounded up.
+        shapes: whole shape of each parameter that is saved, by name.
         unit_steps: Adam's step count of each expert and, last, of the routers.
         cursor: of the sampler.
+        rows: global batch in rows of each enabled stage of the run, by its name.
+        loss: mean of the steps since the checkpoint before, in nats; what ``checkpoint.keep_best`` goes by.
+        layout: ranks, ZeRO stage and EP that saved it: for messages, nothing depends on it.
         versions: of the libraries that wrote it.
         format: of this folder.
     """
@@ -46,8 +70,14 @@ class CheckpointState:
     stage: int
     step: int
     num_steps: int
+    experts: list[str]
+    ranks: list[int]
+    shapes: dict[str, list[int]]
     unit_steps: list[int]
     cursor: dict[str, Any]
+    rows: dict[str, int]
+    loss: float | None
+    layout: dict[str, int]
     versions: dict[str, str]
     format: int = FORMAT
 
@@ -62,22 +92,14 @@ class CheckpointState:
     def from_dict(cls, values: dict[str, Any], where: str) -> CheckpointState:
         """Raises ``UserError`` for another format."""
         if values.get("format") != FORMAT or set(values) != {f.name for f in fields(cls)}:
-            raise UserError(
-                f"checkpoint format {values.get('format')!r}, this version reads {FORMAT}",
-                where=where,
-                fix="go on with the version of dsmixer that wrote it, or start another run",
-            )
+            raise other_format(values.get("format"), where)
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint in memory: tensors by key, float32 on the CPU."""
-
-    state: CheckpointState
-    tensors: dict[str, torch.Tensor]
-
-    def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors under ``prefix/``, by parameter name."""
-        start = f"{prefix}/"
-        return {key[len(start) :]: t for key, t in self.tensors.items() if key.startswith(start)}
+def other_format(found: object, where: str) -> UserError:
+    """A checkpoint of another version of dsmixer: not damaged, and not readable here."""
+    return UserError(
+        f"checkpoint format {found!r}, this version reads {FORMAT}",
+        where=where,
+        fix="go on with the version of dsmixer that wrote it, or start another run",
+    )

@@ -15,7 +15,7 @@ from dsmixer.config.errors import UserError, from_os_error
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = 30
-"""Seconds that a rank leaves to rank 0, which as a rule has found the same mistake and says so."""
+"""Seconds that a rank leaves to its node's first, which as a rule has found the same mistake and says so."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,10 +54,11 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _refused(error: UserError) -> int:
-    """Say what is wrong, once: every rank finds the same mistake, and the launcher ends the others."""
+    """Say what is wrong, once a node: every rank finds the same mistake, and the launcher ends the others."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        # the launcher ends all ranks as soon as one has left: rank 0 must not be cut off before it has spoken
+    if os.environ.get("LOCAL_RANK", rank) != "0":
+        # a node's launcher ends its ranks as soon as one has left: the first must not be cut off before it
+        # has spoken
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         if signal.sigtimedwait({signal.SIGTERM}, PATIENCE) is not None:
             return WRONG_INPUT

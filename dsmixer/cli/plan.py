@@ -101,7 +101,7 @@ def _plan(args: argparse.Namespace, loaded: LoadedRecipe, facts: PoolFacts, shap
     from dsmixer.placement.plan import make_plan
     from dsmixer.training.planning import plan_request
 
-    return make_plan(plan_request(loaded, shape, facts, _cluster(args), only_available=False))
+    return make_plan(plan_request(loaded, shape, facts, _cluster(args)))
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:

@@ -84,7 +84,7 @@ def _traffic(plan: Plan) -> Table:
     table.add_column("")
     for name in plan.chosen.traffic:
         table.add_column(name, justify="right")
-    for kind in ("base", "weights", "tokens", "gradients", "total"):
+    for kind in ("base", "weights", "tokens", "pairs", "gradients", "total"):
         sent = [amount(traffic.to_dict()[kind]) for traffic in plan.chosen.traffic.values()]
         table.add_row(kind, *sent, style="bold" if kind == "total" else None)
     return table
@@ -92,23 +92,22 @@ def _traffic(plan: Plan) -> Table:
 
 def _layouts(plan: Plan) -> Table:
     table = Table(title="the layouts there are, cheapest first", title_justify="left")
-    for name in ("mode", "ZeRO", "EP", "peak", "sent a step", "fits", "this version"):
+    for name in ("mode", "ZeRO", "EP", "peak", "sent a step", "fits"):
         table.add_column(name, justify="right" if name in ("ZeRO", "EP", "peak", "sent a step") else "left")
     shown = list(plan.candidates[:SHOWN_LAYOUTS])
     for mode in ("replicate", "weights", "tokens"):
         own = [candidate for candidate in plan.candidates if candidate.layout.mode == mode]
         shown += [c for c in own[:1] if c not in shown]
     for candidate in shown:
-        _add_layout(table, candidate, chosen=candidate == plan.chosen, later=plan.request.four_bit)
+        _add_layout(table, candidate, chosen=candidate == plan.chosen)
     if len(shown) < len(plan.candidates):
         table.caption = f"{len(plan.candidates) - len(shown)} more with --json"
     return table
 
 
-def _add_layout(table: Table, candidate: Candidate, *, chosen: bool, later: bool) -> None:
+def _add_layout(table: Table, candidate: Candidate, *, chosen: bool) -> None:
     layout = candidate.layout
     fits = {None: "?", True: "yes", False: "no"}[candidate.fits]
-    taken = "not yet" if later else "runs it" if candidate.available else "by name"
     table.add_row(
         layout.mode + (" (chosen)" if chosen else ""),
         str(layout.zero_stage),
@@ -116,7 +115,6 @@ def _add_layout(table: Table, candidate: Candidate, *, chosen: bool, later: bool
         amount(candidate.peak),
         amount(candidate.sent),
         fits,
-        taken,
         style="bold" if chosen else None,
     )
 

@@ -16,7 +16,7 @@ from dsmixer.config.ds_json import merge_ds_config
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import load_recipe
 
-STOPPED = 75
+FAILED, STOPPED = 1, 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("1", "2", "both"),
         default="both",
         help="run only this stage of the recipe now; a later call of the same command goes on",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint of the run, by step, as stage1/step-00000100 or by path; later ones "
+        "are moved aside. Without it: from the newest",
+    )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on although the recipe changes the mathematics of the run in its folder",
     )
     parser.add_argument("--local_rank", type=int, default=None, help="set by DeepSpeed's launcher")
     parser.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's launcher")
@@ -64,15 +76,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, loaded: Any) -> int:
     from dsmixer.training.health import Stopped
+    from dsmixer.training.nonfinite import NonFiniteError
     from dsmixer.training.run import RunRequest, train
+    from dsmixer.training.saving import SaveError
 
     stages = (1, 2) if args.stages == "both" else (int(args.stages),)
     try:
-        train(RunRequest(loaded, stages, args.deepspeed_config))
+        train(RunRequest(loaded, stages, args.deepspeed_config, args.start_from, args.allow_changes))
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"dsmixer: {stopped}; run the same command again to go on", file=sys.stderr, flush=True)
         return STOPPED
+    except (SaveError, NonFiniteError):  # rank 0 has said it
+        return FAILED
     except UserError as error:
         raise loaded.located(error) from error
     return 0

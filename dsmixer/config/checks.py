@@ -12,6 +12,7 @@ from dsmixer.config.ds_json import merge_ds_config, resolved_zero_stage
 from dsmixer.config.errors import UserError
 from dsmixer.config.explain import nearest_key
 from dsmixer.config.recipe import STAGES, LoadedRecipe, expert_names
+from dsmixer.config.secrets import check_no_secrets
 
 __all__ = [
     "HUB_ID",
@@ -236,6 +237,7 @@ def _check_evaluation(loaded: LoadedRecipe) -> None:
 
 
 _CHECKS: tuple[Callable[[LoadedRecipe], None], ...] = (
+    check_no_secrets,
     _check_stages,
     _check_base,
     _check_domains,

@@ -79,8 +79,17 @@ def merge_ds_config(loaded: LoadedRecipe, ds_path: str | None = None) -> tuple[L
     return settle(dataclasses.replace(loaded, recipe=recipe, places=places)), warnings
 
 
+def with_zero_stage(loaded: LoadedRecipe, zero_stage: int) -> LoadedRecipe:
+    """The recipe with the ZeRO stage that the plan decided where it was left open."""
+    block = loaded.recipe.deepspeed.model_copy(update={"zero_stage": zero_stage})
+    return dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"deepspeed": block}))
+
+
 def resolved_zero_stage(recipe: Recipe) -> int:
-    """The ZeRO stage: the one written, else 3 where the placement is ``weights`` and 2 otherwise."""
+    """The ZeRO stage: the one written, else 3 where the placement is ``weights`` and 2 otherwise.
+
+    What a run takes where none is written is the plan's to say (``with_zero_stage``).
+    """
     stage = recipe.deepspeed.zero_stage
     if isinstance(stage, int):
         return stage

@@ -146,7 +146,7 @@ class DataConfig(Section):
         description="error: stop at a bad record; skip: count it and write it to a quarantine file",
     )
     cache_dir: Text | None = Field(
-        default=None, description="folder of the cache of tokenised data; null: kept in memory"
+        default=None, description="folder of the cache of tokenised data; null: kept in memory, once a node"
     )
     domains: Annotated[tuple[DomainConfig, ...], Strict(False)] = Field(
         default=(), description="the domains, one entry each"
@@ -229,6 +229,14 @@ class CheckpointConfig(Section):
         description="optimizer steps between two checkpoints; the end of a stage is saved too",
     )
     keep: int = Field(default=3, ge=1, description="checkpoints kept of a stage, the newest ones")
+    keep_every: Count | None = Field(
+        default=None, description="also kept: checkpoints whose step is a multiple of this; null: none"
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="also kept: of each stage the checkpoint whose steps since the one before had the least "
+        "mean loss",
+    )
 
 
 class EvaluationConfig(Section):
@@ -246,12 +254,48 @@ class EvaluationConfig(Section):
 
 
 class HealthConfig(Section):
-    """When a rank counts as lost."""
+    """When a rank counts as lost, and what becomes of steps that are not finite."""
 
+    heartbeat: bool = Field(
+        default=True, description="whether a thread of each rank tells the others that the rank is alive"
+    )
+    silence: float = Field(
+        default=30.0,
+        ge=10,
+        description="seconds without a sign of life after which a rank counts as stopped, in the training "
+        "loop; hang_timeout if that is less",
+    )
     hang_timeout: float = Field(
         default=600.0,
         gt=0,
-        description="seconds a rank waits for the others in a collective before the run fails; at least 60",
+        description="seconds without progress after which a rank counts as hung, in the training loop, or "
+        "ten median steps if that is more; also how long ranks wait for each other elsewhere, at least 60",
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="when a loss, gradient or router is not finite: stop, or skip the step on all ranks",
+    )
+    max_skipped: int = Field(default=10, ge=1, description="most steps skipped by one call of the command")
+    warnings: bool = Field(
+        default=True, description="whether loss spikes, dead experts and collapsed routing are warned of"
+    )
+    loss_spike: float = Field(
+        default=6.0,
+        gt=0,
+        description="standard deviations of the last 50 losses above their mean that are a spike, if the "
+        "loss is also 1.5 times the mean",
+    )
+    dead_after: int = Field(
+        default=100,
+        ge=1,
+        description="steps of stage two in which an expert gets no token, or a router is collapsed, before "
+        "that is told",
+    )
+    collapse_share: float = Field(
+        default=0.95,
+        gt=0.5,
+        le=1,
+        description="share of a router's first choices that, on one expert, is a collapse",
     )
 
 
@@ -274,7 +318,9 @@ class Recipe(Section):
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="what is measured at the end"
     )
-    health: HealthConfig = Field(default_factory=HealthConfig, description="when a rank counts as lost")
+    health: HealthConfig = Field(
+        default_factory=HealthConfig, description="when a rank counts as lost, and steps that are not finite"
+    )
 
 
 def schema_json() -> str:

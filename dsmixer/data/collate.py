@@ -125,8 +125,12 @@ def step_batch(
     world_size: int,
     micro_batch_size: int,
     pad_token_id: int,
+    expert_parallel_size: int = 1,
 ) -> StepBatch:
-    """One rank's micro-batches of a step: rank r takes the r-th of ``world_size`` equal runs of rows.
+    """One rank's micro-batches of a step: each rank takes one of ``world_size`` equal runs of rows.
+
+    The runs go to ranks so that those with the same place in their expert-parallel groups have neighbouring
+    ones: together they are the stretch of slots that the place owns (``placement.owners``).
 
     Args:
         sampler: the order of the data.
@@ -136,13 +140,15 @@ def step_batch(
         world_size: W; times ``micro_batch_size`` it divides the sampler's ``global_batch_size``.
         micro_batch_size: rows a micro-batch.
         pad_token_id: see ``collate``.
+        expert_parallel_size: EP; ranks of a group follow each other.
     """
     rows = sampler.rows(step)
     assert len(rows) % (world_size * micro_batch_size) == 0, (
         f"{len(rows)} rows, {world_size} x {micro_batch_size}"
     )
     per_rank = len(rows) // world_size
-    begin = world_rank * per_rank
+    group, place = divmod(world_rank, expert_parallel_size)
+    begin = (place * (world_size // expert_parallel_size) + group) * per_rank
     micro_batches = [
         collate(store, rows[first : first + micro_batch_size], pad_token_id)
         for first in range(begin, begin + per_rank, micro_batch_size)

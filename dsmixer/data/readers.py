@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,30 @@ def read_rows(source: str, *, split: str = "train", subset: str | None = None) -
             yield from rows_of_file(file)
     elif path.exists():
         yield from rows_of_file(path)
+    elif is_on_hub(source):
+        for number, record in enumerate(_hub_table(source, split, subset), 1):
+            yield dict(record), f"{source}[{split}]:row {number}"
     elif PATH_LIKE.fullmatch(source.partition("@")[0]):
         raise UserError("no such file", where=source, fix="correct the path in the recipe")
-    elif HUB_ID.fullmatch(source):
-        yield from _hub_rows(source, split, subset)
     else:
         raise UserError("no such file", where=source, fix="a path, or a hub id such as OWNER/NAME")
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is taken for a data set of the hub: it has the form of a hub id, and is not here."""
+    if Path(source).expanduser().exists() or PATH_LIKE.fullmatch(source.partition("@")[0]):
+        return False
+    return HUB_ID.fullmatch(source) is not None
+
+
+def fetch_source(source: str, *, split: str = "train", subset: str | None = None) -> None:
+    """Bring a data set of the hub into the cache of this machine; nothing for files and folders.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    if is_on_hub(source):
+        _hub_table(source, split, subset)
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
@@ -80,14 +98,16 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[Row, str]]:
+def _hub_table(source: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
     # Loading these takes a second, which local files need not pay.
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = source.partition("@")
     try:
-        table = datasets.load_dataset(name, name=subset, split=split, revision=revision or None)
+        table: Iterable[dict[str, Any]] = datasets.load_dataset(
+            name, name=subset, split=split, revision=revision or None
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0]
         problem = (
@@ -95,5 +115,4 @@ def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[Row
         )
         fix = "correct the path or hub id, its split and subset; log in if it is private"
         raise UserError(problem, where=source, fix=fix) from error
-    for number, record in enumerate(table, 1):
-        yield dict(record), f"{source}[{split}]:row {number}"
+    return table

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from dsmixer.checkpoint import atomic
 from dsmixer.config.errors import UserError
 
 WIDE = 8  # methods up to which a table has a column for each
@@ -102,17 +100,7 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
         UserError: it can't be written.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        atomic.write_json(Path(path), value, indent=2, allow_nan=True)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise UserError(f"cannot be written: {error}", where=str(path), fix="choose another file") from error

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.forms import choose_form, forms
+from dsmixer.experts.forms import auto_form, forms
 from dsmixer.experts.init import kaiming_rows, named_generator
 
 RANK_MULTIPLE = 8  # grouped products want 16-byte strides, in bfloat16 eight elements
@@ -109,5 +109,5 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, assignment: Assignment) -> torch.Tensor:
         """The weighted sum of the experts' outputs, ``[T, O]``, in the dtype of ``x_TD``."""
-        form = self.compute if self.compute != "auto" else choose_form(self.num_experts, self.rank)
-        return forms[form](x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment)
+        form = auto_form if self.compute == "auto" else forms[self.compute]
+        return form(x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment)

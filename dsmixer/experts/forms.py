@@ -5,16 +5,23 @@
 ``loop`` is the reference. ``dense`` makes one wide product of all experts, for pools where E*R is small.
 ``grouped`` sorts the (token, expert) pairs by expert and multiplies each expert's own rows.
 
-``dense`` and ``grouped`` keep for the backward pass their input, the weights of the pairs and nothing
-else: the products of size T*E*R are made again. The parameters themselves are kept, not casts or views
-of them, so that ZeRO-3 may release and gather them between the two passes.
+``dense`` and ``grouped`` keep for the backward pass their input, the weights of the pairs and which experts
+they name, and nothing else: the products of size T*E*R are made again. The parameters themselves are kept,
+not casts or views of them, so that ZeRO-3 may release and gather them between the two passes.
 
-Shapes: T tokens, D input width, O output width, E experts, R LoRA rank, K experts a token, N = T*K pairs.
+Both take from a bank only the C experts that the pairs name, so that their cost follows the chosen experts
+and not the pool. On the CPU C is counted. On a device a count would make the host wait: C is then a bound,
+the number of pairs, and where that is no less than E the whole bank is taken as it is. What still grows with
+the pool is the zeros of a gradient that has the shape of the bank (``empty_gradient``).
+
+Shapes: T tokens, D input width, O output width, E experts, C chosen experts, R LoRA rank, K experts a token,
+N pairs of a token and an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +39,17 @@ def choose_form(num_experts: int, rank: int) -> str:
     return "dense" if num_experts * rank <= DENSE_LIMIT else "grouped"
 
 
+def auto_form(
+    x_TD: torch.Tensor, a_ERD: torch.Tensor, b_ERO: torch.Tensor, s_E: torch.Tensor, assignment: Assignment
+) -> torch.Tensor:
+    """The form that suits the pool or, in a large one, the experts that were chosen."""
+    num_experts, rank = a_ERD.shape[:2]
+    form = choose_form(num_experts, rank)
+    if form != "dense" and assignment.chosen_C is not None:
+        form = choose_form(len(assignment.chosen_C), rank)
+    return forms[form](x_TD, a_ERD, b_ERO, s_E, assignment)
+
+
 def loop_form(
     x_TD: torch.Tensor, a_ERD: torch.Tensor, b_ERO: torch.Tensor, s_E: torch.Tensor, assignment: Assignment
 ) -> torch.Tensor:
@@ -45,49 +63,82 @@ def loop_form(
     return y_TO
 
 
+def take(bank_EXY: torch.Tensor, chosen_C: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The chosen experts of a bank in the dtype of the products, ``[C, X, Y]``; None: all of them."""
+    return (bank_EXY if chosen_C is None else bank_EXY.index_select(0, chosen_C)).to(dtype)
+
+
+def put(
+    grad_CXY: torch.Tensor | None, chosen_C: torch.Tensor | None, bank_EXY: torch.Tensor
+) -> torch.Tensor | None:
+    """The gradient of a bank from that of its chosen experts, ``[E, X, Y]``; the others' is zero."""
+    if grad_CXY is None:
+        return None
+    grad_CXY = grad_CXY.to(bank_EXY.dtype)
+    if chosen_C is None:
+        return grad_CXY
+    # where C is a bound, slots to spare name expert 0 with a gradient of zero: so they are added
+    return empty_gradient(bank_EXY).index_add_(0, chosen_C, grad_CXY)
+
+
+def empty_gradient(bank_EXY: torch.Tensor) -> torch.Tensor:
+    """Zeros for a whole bank: the one pass of a form over the pool."""
+    return torch.zeros_like(bank_EXY, memory_format=torch.contiguous_format)
+
+
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, a_ERD: torch.Tensor, b_ERO: torch.Tensor, gate_TE: torch.Tensor
+        ctx: Any,
+        x_TD: torch.Tensor,
+        a_ERD: torch.Tensor,
+        b_ERO: torch.Tensor,
+        gate_TC: torch.Tensor,
+        chosen_C: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_TD, a_ERD, b_ERO, gate_TE)
-        h_TER = _wide_down(x_TD, a_ERD)
-        h_TER *= gate_TE.to(x_TD.dtype)[:, :, None]
-        return h_TER.flatten(1) @ b_ERO.to(x_TD.dtype).flatten(0, 1)
+        ctx.save_for_backward(x_TD, a_ERD, b_ERO, gate_TC, chosen_C)
+        h_TCR = _wide_down(x_TD, take(a_ERD, chosen_C, x_TD.dtype))
+        h_TCR *= gate_TC.to(x_TD.dtype)[:, :, None]
+        return h_TCR.flatten(1) @ take(b_ERO, chosen_C, x_TD.dtype).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TO,) = grads
-        x_TD, a_ERD, b_ERO, gate_TE = ctx.saved_tensors
-        dtype = x_TD.dtype
-        gate_TE1 = gate_TE.to(dtype)[:, :, None]
-        h_TER = _wide_down(x_TD, a_ERD)
-        up_TER = (g_TO @ b_ERO.to(dtype).flatten(0, 1).T).view_as(h_TER)
-        need_x, need_a, need_b, need_gate = ctx.needs_input_grad
-        gate_grad = (up_TER * h_TER).sum(-1, dtype=gate_TE.dtype) if need_gate else None
-        b_grad = None
+        x_TD, a_ERD, b_ERO, gate_TC, chosen_C = ctx.saved_tensors
+        a_CRD, b_CRO = (take(bank, chosen_C, x_TD.dtype) for bank in (a_ERD, b_ERO))
+        gate_TC1 = gate_TC.to(x_TD.dtype)[:, :, None]
+        h_TCR = _wide_down(x_TD, a_CRD)
+        up_TCR = (g_TO @ b_CRO.flatten(0, 1).T).view_as(h_TCR)
+        need_x, need_a, need_b, need_gate, _ = ctx.needs_input_grad
+        gate_grad = (up_TCR * h_TCR).sum(-1, dtype=gate_TC.dtype) if need_gate else None
+        a_grad = b_grad = x_grad = None
         if need_b:
-            b_grad = ((h_TER * gate_TE1).flatten(1).T @ g_TO).view_as(b_ERO).to(b_ERO.dtype)
-        x_grad = a_grad = None
+            b_grad = ((h_TCR * gate_TC1).flatten(1).T @ g_TO).view_as(b_CRO)
         if need_x or need_a:
-            down_TF = (up_TER * gate_TE1).flatten(1)
-            x_grad = down_TF @ a_ERD.to(dtype).flatten(0, 1) if need_x else None
-            a_grad = (down_TF.T @ x_TD).view_as(a_ERD).to(a_ERD.dtype) if need_a else None
-        return x_grad, a_grad, b_grad, gate_grad
+            down_TF = (up_TCR * gate_TC1).flatten(1)
+            a_grad = (down_TF.T @ x_TD).view_as(a_CRD) if need_a else None
+            x_grad = down_TF @ a_CRD.flatten(0, 1) if need_x else None
+        # last, because whole banks push everything else out of the caches
+        a_grad, b_grad = put(a_grad, chosen_C, a_ERD), put(b_grad, chosen_C, b_ERO)
+        return x_grad, a_grad, b_grad, gate_grad, None
 
 
-def _wide_down(x_TD: torch.Tensor, a_ERD: torch.Tensor) -> torch.Tensor:
-    """``A_e x`` of every expert in one product, ``[T, E, R]``."""
-    flat_TF = x_TD @ a_ERD.to(x_TD.dtype).flatten(0, 1).T
-    return flat_TF.view(x_TD.shape[0], a_ERD.shape[0], a_ERD.shape[1])
+def _wide_down(x_TD: torch.Tensor, a_CRD: torch.Tensor) -> torch.Tensor:
+    """``A_e x`` of every expert in one product, ``[T, C, R]``."""
+    flat_TF = x_TD @ a_CRD.flatten(0, 1).T
+    return flat_TF.view(x_TD.shape[0], a_CRD.shape[0], a_CRD.shape[1])
 
 
 def dense_form(
     x_TD: torch.Tensor, a_ERD: torch.Tensor, b_ERO: torch.Tensor, s_E: torch.Tensor, assignment: Assignment
 ) -> torch.Tensor:
     """``(x A_cat^T * gate) B_cat``: two wide products with the gate between them."""
-    gate_TE = assignment.as_gate()
-    return _Dense.apply(x_TD, a_ERD, b_ERO, gate_TE * s_E.to(gate_TE.dtype))
+    chosen_C = None
+    if choose_form(*a_ERD.shape[:2]) != "dense":
+        chosen_C = assignment.chosen_C
+    gate_TC = assignment.as_gate() if chosen_C is None else assignment.as_gate_over(chosen_C)
+    s_C = s_E if chosen_C is None else s_E.index_select(0, chosen_C)
+    return _Dense.apply(x_TD, a_ERD, b_ERO, gate_TC * s_C.to(gate_TC.dtype), chosen_C)
 
 
 class _Grouped(torch.autograd.Function):
@@ -99,54 +150,100 @@ class _Grouped(torch.autograd.Function):
         b_ERO: torch.Tensor,
         weights_TK: torch.Tensor,
         indices_TK: torch.Tensor,
+        num_chosen: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, a_ERD, b_ERO, weights_TK, indices_TK)
-        order_N, token_N, ends_E = _sort_pairs(indices_TK, a_ERD.shape[0])
-        h_NR = _grouped_mm(x_TD[token_N], a_ERD.to(x_TD.dtype).transpose(1, 2), ends_E)
-        h_NR = h_NR * weights_TK.flatten()[order_N].to(x_TD.dtype)[:, None]
-        y_NO = _grouped_mm(h_NR, b_ERO.to(x_TD.dtype), ends_E)
-        return _sum_pairs(y_NO, order_N, indices_TK)
+        ctx.num_chosen = num_chosen
+        pairs = _sort_pairs(indices_TK, a_ERD.shape[0], num_chosen)
+        a_CRD, b_CRO = (take(bank, pairs.chosen_C, x_TD.dtype) for bank in (a_ERD, b_ERO))
+        h_NR = _grouped_mm(pairs.rows_of(x_TD), a_CRD.transpose(1, 2), pairs.ends_C)
+        h_NR = h_NR * pairs.weights_N1(weights_TK, x_TD.dtype)
+        return pairs.sum(_grouped_mm(h_NR, b_CRO, pairs.ends_C))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TO,) = grads
         x_TD, a_ERD, b_ERO, weights_TK, indices_TK = ctx.saved_tensors
-        dtype = x_TD.dtype
-        order_N, token_N, ends_E = _sort_pairs(indices_TK, a_ERD.shape[0])
-        x_ND, g_NO = x_TD[token_N], g_TO[token_N]
-        weight_N1 = weights_TK.flatten()[order_N].to(dtype)[:, None]
-        h_NR = _grouped_mm(x_ND, a_ERD.to(dtype).transpose(1, 2), ends_E)
-        up_NR = _grouped_mm(g_NO, b_ERO.to(dtype).transpose(1, 2), ends_E)
-        need_x, need_a, need_b, need_weights, _ = ctx.needs_input_grad
+        pairs = _sort_pairs(indices_TK, a_ERD.shape[0], ctx.num_chosen)
+        chosen_C, ends_C = pairs.chosen_C, pairs.ends_C
+        a_CRD, b_CRO = (take(bank, chosen_C, x_TD.dtype) for bank in (a_ERD, b_ERO))
+        x_ND, g_NO = pairs.rows_of(x_TD), pairs.rows_of(g_TO)
+        weight_N1 = pairs.weights_N1(weights_TK, x_TD.dtype)
+        h_NR = _grouped_mm(x_ND, a_CRD.transpose(1, 2), ends_C)
+        up_NR = _grouped_mm(g_NO, b_CRO.transpose(1, 2), ends_C)
+        need_x, need_a, need_b, need_weights, *_ = ctx.needs_input_grad
         weights_grad = None
         if need_weights:
             pair_N = (up_NR * h_NR).sum(-1, dtype=weights_TK.dtype)
-            weights_grad = torch.empty_like(pair_N).scatter_(0, order_N, pair_N).view_as(weights_TK)
-        b_grad = _grouped_outer(h_NR * weight_N1, g_NO, ends_E).to(b_ERO.dtype) if need_b else None
+            weights_grad = torch.zeros_like(weights_TK, memory_format=torch.contiguous_format)
+            weights_grad.view(-1).scatter_(0, pairs.order_N, pair_N)
+        b_grad = _grouped_outer(h_NR * weight_N1, g_NO, ends_C) if need_b else None
         down_NR = up_NR * weight_N1
-        a_grad = _grouped_outer(down_NR, x_ND, ends_E).to(a_ERD.dtype) if need_a else None
-        x_grad = None
-        if need_x:
-            x_grad = _sum_pairs(_grouped_mm(down_NR, a_ERD.to(dtype), ends_E), order_N, indices_TK)
-        return x_grad, a_grad, b_grad, weights_grad, None
+        a_grad = _grouped_outer(down_NR, x_ND, ends_C) if need_a else None
+        x_grad = pairs.sum(_grouped_mm(down_NR, a_CRD, ends_C)) if need_x else None
+        a_grad, b_grad = put(a_grad, chosen_C, a_ERD), put(b_grad, chosen_C, b_ERO)
+        return x_grad, a_grad, b_grad, weights_grad, None, None
 
 
-def _sort_pairs(
-    indices_TK: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs in the order of their experts: positions ``[N]``, tokens ``[N]``, ends of the experts ``[E]``."""
-    flat_N = indices_TK.flatten()
-    order_N = torch.argsort(flat_N, stable=True)
-    counts_E = torch.zeros(num_experts, dtype=torch.int32, device=flat_N.device)
-    counts_E.index_add_(0, flat_N, torch.ones_like(flat_N, dtype=torch.int32))
-    return order_N, order_N // indices_TK.shape[1], counts_E.cumsum(0, dtype=torch.int32)
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs in the order of their experts.
+
+    Attributes:
+        order_N: their places in the flattened ``[T, K]``.
+        top_k: K.
+        num_tokens: T.
+        chosen_C: the experts, int64; None: all of the bank.
+        ends_C: where the pairs of each expert end, int32.
+    """
+
+    order_N: torch.Tensor
+    top_k: int
+    num_tokens: int
+    chosen_C: torch.Tensor | None
+    ends_C: torch.Tensor
+
+    def rows_of(self, x_TX: torch.Tensor) -> torch.Tensor:
+        """The token of each pair, ``[N, X]``."""
+        return x_TX.index_select(0, self.order_N // self.top_k)
+
+    def weights_N1(self, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return weights_TK.flatten().index_select(0, self.order_N).to(dtype)[:, None]
+
+    def sum(self, rows_NX: torch.Tensor) -> torch.Tensor:
+        """Add the pairs of each token in the order of its choices, ``[T, X]``: the same on every run."""
+        if not len(rows_NX):
+            return rows_NX.new_zeros(self.num_tokens, rows_NX.shape[1])
+        place_N = torch.argsort(self.order_N)
+        firsts_T = torch.arange(self.num_tokens, device=rows_NX.device) * self.top_k
+        starts_T = torch.searchsorted(self.order_N.index_select(0, place_N), firsts_T)
+        return F.embedding_bag(place_N, rows_NX, starts_T, mode="sum")
 
 
-def _sum_pairs(rows_NX: torch.Tensor, order_N: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-    """Bring sorted pair rows back to their tokens and add the K of each, in a fixed order."""
-    unsorted_NX = torch.empty_like(rows_NX)
-    unsorted_NX[order_N] = rows_NX
-    return unsorted_NX.view(*indices_TK.shape, rows_NX.shape[1]).sum(1)
+def _sort_pairs(indices_TK: torch.Tensor, num_experts: int, num_chosen: int) -> _Pairs:
+    """Sort the pairs of ``num_experts`` experts, of which at most ``num_chosen`` are named.
+
+    Pairs without an expert have the index E and come last. On the CPU they are left out; on a device their
+    number is not known, and they go with the last expert, at their weight of zero.
+    """
+    expert_N, order_N = torch.sort(indices_TK.flatten(), stable=True)
+    if expert_N.device.type == "cpu":
+        present = int(torch.searchsorted(expert_N, num_experts))
+        expert_N, order_N = expert_N[:present], order_N[:present]
+    slot_N, chosen_C = expert_N.clamp_max(num_experts - 1), None
+    if num_chosen < num_experts:
+        chosen_C, slot_N = _number(slot_N, num_chosen)
+    slots_C = torch.arange(num_chosen, device=slot_N.device)
+    ends_C = torch.searchsorted(slot_N, slots_C, right=True, out_int32=True)
+    return _Pairs(order_N, indices_TK.shape[1], indices_TK.shape[0], chosen_C, ends_C)
+
+
+def _number(expert_N: torch.Tensor, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different experts of a sorted list, ``[C]``, and for each entry its place among them, ``[N]``."""
+    new_N = torch.ones_like(expert_N)
+    new_N[1:] = expert_N[1:] != expert_N[:-1]
+    slot_N = new_N.cumsum(0) - 1
+    return expert_N.new_zeros(num_chosen).scatter_(0, slot_N, expert_N), slot_N
 
 
 def _grouped_mm(rows_NX: torch.Tensor, weights_EXY: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -186,7 +283,11 @@ def grouped_form(
     """Sort the pairs by expert and multiply each expert's rows by its own two matrices."""
     indices_TK, weights_TK = assignment.as_pairs()
     weights_TK = weights_TK * s_E.to(weights_TK.dtype)[indices_TK]
-    return _Grouped.apply(x_TD, a_ERD, b_ERO, weights_TK, indices_TK)
+    chosen_C, num_experts = assignment.chosen_C, assignment.num_experts
+    num_chosen = min(num_experts, indices_TK.numel()) if chosen_C is None else len(chosen_C)
+    if assignment.indices_TK is not None:
+        indices_TK = torch.where(assignment.indices_TK < 0, num_experts, indices_TK)
+    return _Grouped.apply(x_TD, a_ERD, b_ERO, weights_TK, indices_TK, num_chosen)
 
 
 forms: dict[str, Form] = {"loop": loop_form, "dense": dense_form, "grouped": grouped_form}

@@ -23,8 +23,8 @@ def preserve_term(
         beta_rows: beta of each row, ``[rows, 1]``; 0 for rows that are not held.
 
     Returns:
-        the gradient ``[rows, width]`` and the value, a scalar.
+        the gradient ``[rows, width]`` and the value of each row, ``[rows]``.
     """
     moved = weights - origin
     pulled = beta_rows * moved
-    return 2.0 * pulled, (pulled * moved).sum()
+    return 2.0 * pulled, (pulled * moved).sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,7 +58,16 @@ class Mixture:
             yield f"{path}.router.weight", router.weight
 
 
-def attach_mixers(model: nn.Module, config: MixerConfig, placement: Placement | None = None) -> Mixture:
+Settle = Callable[[str, nn.Module], None]
+"""Takes the path of a projection and a bank or router just made for it, before the next one is made."""
+
+
+def attach_mixers(
+    model: nn.Module,
+    config: MixerConfig,
+    placement: Placement | None = None,
+    settle: Settle | None = None,
+) -> Mixture:
     """Freeze ``model`` and put a pool of experts and a router on each projection that ``config`` names.
 
     The model is changed in place. Its experts start as PEFT's LoRA does, so that the outputs are those of
@@ -68,6 +77,8 @@ def attach_mixers(model: nn.Module, config: MixerConfig, placement: Placement | 
         model: a transformers model.
         config: the pool and its projections.
         placement: the experts of this rank; None: all of them. An expert starts the same wherever it is.
+        settle: what is done with each bank and router as soon as it is there, so that never the weights of
+            all have to be whole at once: filled from adapters, cut by ZeRO-3.
 
     Raises:
         UserError: a target is not there, or the model has mixers already.
@@ -89,7 +100,12 @@ def attach_mixers(model: nn.Module, config: MixerConfig, placement: Placement | 
             leaders[slot] = (len(leaders), _new_router(model, target, config))
             routers[target.path] = leaders[slot][1]
         index, router = leaders[slot]
-        mixers[target.path] = _mix(model, target, config, context, placement, router, index, owns_router)
+        mixer = _mix(model, target, config, context, placement, router, index, owns_router)
+        mixers[target.path] = mixer
+        if settle is not None:
+            settle(target.path, mixer.bank)
+            if owns_router:
+                settle(target.path, router)
     for path, mixer in mixers.items():
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, mixer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,6 +23,9 @@ from dsmixer.config.schema import BaseConfig
 from dsmixer.model.targets import PACKABLE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+UNWANTED_FILES = ["*/*", "consolidated*"]
+"""Other formats of the same weights, which some repositories hold beside those that transformers reads."""
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "recurrent_gemma")
 
 
@@ -69,6 +73,26 @@ def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -
     if base.activation_checkpointing:
         checkpoint_activations(model)
     return LoadedBase(model, tokenizer, zero3_config)
+
+
+def fetch_base(base: BaseConfig) -> None:
+    """Bring a base of the hub, with its tokenizer, into the cache of this machine; nothing for a folder.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    if Path(base.model).is_dir() or base.model.startswith((".", "/", "~")):
+        return
+    try:
+        snapshot_download(
+            base.model, revision=base.revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model could not be downloaded: {_one_line(error)}",
+            where=f"base.model: {base.model}",
+            fix=_FIX,
+        ) from error
 
 
 _FIX = "give a transformers folder (config.json and safetensors) or a hub id, and check base.revision"

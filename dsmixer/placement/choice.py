@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dsmixer.config.errors import UserError
 from dsmixer.placement.memory import Layout, RankBytes, rank_bytes
-from dsmixer.placement.owners import Owners, assign_owners
+from dsmixer.placement.owners import Owners, owners_of, pack_slots
 from dsmixer.placement.request import MODES, ZERO_STAGES, PlanRequest
 from dsmixer.placement.traffic import StepTraffic, step_seconds, step_traffic
 
@@ -21,21 +21,22 @@ class Candidate:
 
     Attributes:
         layout: the placement.
-        owners: of the experts among the EP ranks.
-        memory: bytes a rank, by stage.
+        memory: bytes of the rank with most experts, by stage.
         traffic: bytes sent a step, by stage.
         fits: whether the peak stays within the device; None where its memory is not known.
-        available: whether a run of the recipe takes it.
         seconds: the exchanges of one step of each stage; None where no link speed is known.
     """
 
     layout: Layout
-    owners: Owners
     memory: dict[str, RankBytes]
     traffic: dict[str, StepTraffic]
     fits: bool | None
-    available: bool
     seconds: float | None
+
+    @property
+    def owners(self) -> Owners:
+        """Of the experts among the EP ranks."""
+        return self.layout.owners
 
     @property
     def peak(self) -> int:
@@ -64,14 +65,9 @@ def candidates(request: PlanRequest) -> list[Candidate]:
     Raises:
         UserError: the request's mode, ZeRO stage and EP go together in no layout.
     """
-    owners = {
-        ep: assign_owners(request.pool.tokens, ep, several=request.several_owners)
-        for ep in _expert_parallel_sizes(request)
-    }
-    found = [
-        _candidate(request, layout, owners[layout.expert_parallel_size])
-        for layout in _layouts(request, owners)
-    ]
+    slots = request.slots or pack_slots(request.pool.tokens, request.cluster.world_size)
+    owners = {ep: owners_of(slots, ep) for ep in _expert_parallel_sizes(request)}
+    found = [_candidate(request, layout) for layout in _layouts(request, owners)]
     if not found:
         raise _impossible(request)
     return sorted(found, key=lambda c: (c.fits is False, c.cost))
@@ -79,29 +75,15 @@ def candidates(request: PlanRequest) -> list[Candidate]:
 
 def decide(request: PlanRequest) -> Candidate:
     """The layout that ``choose`` takes of all that the request leaves open."""
-    return choose(candidates(request), only_available=request.only_available)
+    return choose(candidates(request))
 
 
-def choose(found: list[Candidate], *, only_available: bool) -> Candidate:
-    """The cheapest that fits; where none fits, the one that needs least memory.
-
-    Args:
-        found: the layouts.
-        only_available: whether to choose among those alone that a run takes.
-
-    Raises:
-        UserError: a run takes none of them.
-    """
-    runs = [candidate for candidate in found if candidate.available or not only_available]
-    if not runs:
-        modes = ", ".join(sorted({candidate.layout.mode for candidate in found}))
-        raise UserError(
-            f"a run takes {modes} by name only", where="placement.mode", fix=f"write mode: {modes}"
-        )
-    fitting = [candidate for candidate in runs if candidate.fits is not False]
+def choose(found: list[Candidate]) -> Candidate:
+    """The cheapest that fits; where none fits, the one that needs least memory."""
+    fitting = [candidate for candidate in found if candidate.fits is not False]
     if fitting:
         return min(fitting, key=lambda candidate: candidate.cost)
-    return min(runs, key=lambda candidate: candidate.peak)
+    return min(found, key=lambda candidate: candidate.peak)
 
 
 def _expert_parallel_sizes(request: PlanRequest) -> list[int]:
@@ -128,21 +110,19 @@ def _layouts(request: PlanRequest, owners: dict[int, Owners]) -> Iterator[Layout
             for ep, own in owners.items():
                 spread = ep > 1
                 if spread == (mode == "tokens") and (asked is None or asked == ep):
-                    yield Layout(mode, zero, ep, own.most_held())
+                    yield Layout(mode, zero, own)
 
 
-def _candidate(request: PlanRequest, layout: Layout, owners: Owners) -> Candidate:
+def _candidate(request: PlanRequest, layout: Layout) -> Candidate:
     memory = {stage.name: rank_bytes(request, layout, stage) for stage in request.stages}
     traffic = {stage.name: step_traffic(request, layout, stage) for stage in request.stages}
     device = request.cluster.device_memory
     seconds = [step_seconds(sent, layout, request.cluster) for sent in traffic.values()]
     return Candidate(
         layout=layout,
-        owners=owners,
         memory=memory,
         traffic=traffic,
         fits=None if device is None else max(m.peak for m in memory.values()) <= usable_memory(device),
-        available=layout.mode in request.available_modes,
         seconds=None if None in seconds else sum(s for s in seconds if s is not None),
     )
 

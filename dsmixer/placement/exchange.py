@@ -2,7 +2,8 @@
 
 ``LocalExchange``: every expert is on this rank (``replicate``), or is gathered here by ZeRO-3 (``weights``).
 ``TokenExchange``: a rank holds its experts and tokens travel (``tokens``): for each token and destination
-rank one copy goes out and one partial sum comes back, dropless, by all-to-all.
+rank one copy goes out and one partial sum comes back, dropless, by all-to-all. In stage one the sampler has
+brought the tokens to their experts already, and nothing is sent.
 
 An exchange keeps no state: ``dispatch`` returns the tokens with their metadata, ``combine`` takes them back.
 
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from dsmixer.experts.assignment import Assignment
 from dsmixer.placement.layout import ExpertLayout, everything_here
@@ -28,13 +30,15 @@ class Route:
 
     Attributes:
         tokens_N: token of each copy sent, in the order sent.
-        num_tokens: T.
+        by_token_N: the copies in the order of their tokens.
+        starts_T: where the copies of each token start in that order.
         sent_W: copies sent to each rank of the group.
         received_W: copies received from each.
     """
 
     tokens_N: torch.Tensor
-    num_tokens: int
+    by_token_N: torch.Tensor
+    starts_T: torch.Tensor
     sent_W: list[int]
     received_W: list[int]
 
@@ -89,8 +93,9 @@ class TokenExchange:
 
     Attributes:
         group: the process group, W ranks.
-        owner_E: rank in the group that holds each expert, int64 on the device.
-        local_E: index of each expert at its owner, int64 on the device.
+        owner_E: rank in the group to which this one sends an expert's tokens, int64 on the device: itself
+            where it holds the expert.
+        local_E: index of each expert at that rank, int64 on the device.
         num_local: e, experts of this rank.
     """
 
@@ -101,7 +106,12 @@ class TokenExchange:
     travels: bool = True
 
     def dispatch(self, x_TD: torch.Tensor, assignment: Assignment) -> Dispatched:
-        """One synchronisation with the host, for the split sizes; every rank of the group must call it."""
+        """One synchronisation with the host, for the split sizes; every rank of the group must call it.
+
+        Tokens whose experts are here stay, without any.
+        """
+        if assignment.here:
+            return Dispatched(x_TD, assignment, None)
         indices_TK, weights_TK = _pairs(assignment)
         owners_TK = torch.where(indices_TK >= 0, self.owner_E[indices_TK.clamp_min(0)], -1)
         route, ranks_N = self._route(owners_TK)
@@ -117,14 +127,15 @@ class TokenExchange:
             indices_TK=local_MK.detach().long(),
             weights_TK=weights_MK.to(weights_TK.dtype),
         )
-        return Dispatched(self._send(x_TD[route.tokens_N], route), received, route)
+        return Dispatched(self._send(_Copy.apply(x_TD, route), route), received, route)
 
     def combine(self, y_MO: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         route = dispatched.route
-        assert route is not None
+        if route is None:
+            return y_MO
         y_NO = _AllToAll.apply(y_MO, self.group, route.received_W, route.sent_W)
-        y_TO = y_NO.new_zeros(route.num_tokens, y_NO.shape[1])
-        return y_TO.index_add(0, route.tokens_N, y_NO)
+        y_TO: torch.Tensor = _SumCopies.apply(y_NO, route)
+        return y_TO
 
     def _send(self, rows_NX: torch.Tensor, route: Route) -> torch.Tensor:
         rows_MX: torch.Tensor = _AllToAll.apply(rows_NX, self.group, route.sent_W, route.received_W)
@@ -143,8 +154,10 @@ class TokenExchange:
         sizes_2W = torch.stack((sent_W, received_W)).tolist()
         num_copies = sum(sizes_2W[0])
         order = torch.argsort(goes_WT.flatten().logical_not().to(torch.int8), stable=True)[:num_copies]
-        route = Route(order % max(1, num_tokens), num_tokens, *sizes_2W)
-        return route, order // max(1, num_tokens)
+        tokens_N, ranks_N = order % max(1, num_tokens), order // max(1, num_tokens)
+        sorted_N, by_token_N = torch.sort(tokens_N, stable=True)
+        starts_T = torch.searchsorted(sorted_N, torch.arange(num_tokens, device=sorted_N.device))
+        return Route(tokens_N, by_token_N, starts_T, *sizes_2W), ranks_N
 
 
 def _pairs(assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +188,7 @@ def local_placement(num_experts: int) -> Placement:
 
 def token_placement(layout: ExpertLayout, group: dist.ProcessGroup, device: torch.device | str) -> Placement:
     """Experts over the ranks of ``group``, tokens travel."""
-    owner, place = layout.owner_and_place()
+    owner, place = layout.destination_and_place()
     exchange = TokenExchange(
         group,
         torch.tensor(owner, device=device),
@@ -183,6 +196,39 @@ def token_placement(layout: ExpertLayout, group: dist.ProcessGroup, device: torc
         len(layout.local),
     )
     return Placement(layout, exchange)
+
+
+class _Copy(torch.autograd.Function):
+    """Tokens to their copies; the gradient of a token is the sum of its copies'."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TX: torch.Tensor, route: Route) -> torch.Tensor:
+        ctx.route = route
+        return x_TX.index_select(0, route.tokens_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum_copies(grads[0], ctx.route), None
+
+
+class _SumCopies(torch.autograd.Function):
+    """The sum of each token's copies; each copy's gradient is its token's."""
+
+    @staticmethod
+    def forward(ctx: Any, y_NX: torch.Tensor, route: Route) -> torch.Tensor:
+        ctx.route = route
+        return _sum_copies(y_NX, route)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0].index_select(0, ctx.route.tokens_N), None
+
+
+def _sum_copies(rows_NX: torch.Tensor, route: Route) -> torch.Tensor:
+    """Add up the copies of each token in the order of the ranks that they went to: the same on every run."""
+    if not len(rows_NX):
+        return rows_NX.new_zeros(len(route.starts_T), rows_NX.shape[1])
+    return F.embedding_bag(route.by_token_N, rows_NX.contiguous(), route.starts_T, mode="sum")
 
 
 class _AllToAll(torch.autograd.Function):

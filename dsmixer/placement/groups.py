@@ -1,16 +1,14 @@
 """Everything dsmixer knows of DeepSpeed's insides, in one file, for deepspeed 0.19.8.
 
-ZeRO keeps what trains as flat float32 partitions. These functions say which part of which parameter
-stands where in them, so that our optimizer can treat experts apart and our checkpoints can put whole
-tensors together again. Parity tests over the ZeRO stages hold it to the pinned version.
+ZeRO keeps what trains as flat float32 partitions. These functions say which part of which parameter stands
+where in them, so that our optimizer can treat experts apart and each rank can save its own part. Parity
+tests over the ZeRO stages hold it to the pinned version.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,43 +17,10 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from dsmixer.placement.exchange import Placement, TokenExchange
-from dsmixer.placement.layout import ExpertLayout
+from dsmixer.placement.pieces import Piece, Shard
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of consecutive elements of one parameter inside a flat partition.
-
-    Attributes:
-        name: the parameter's name in the model.
-        shape: its full shape.
-        param_start: where the run starts in the flattened parameter.
-        flat_start: where it starts in the partition.
-        numel: its length.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    param_start: int
-    flat_start: int
-    numel: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tensor that this rank's optimizer updates, and what it is made of.
-
-    Attributes:
-        weights: float32, the very tensor DeepSpeed hands to the optimizer.
-        pieces: in the order of ``flat_start``; what lies between and after them is padding.
-    """
-
-    weights: torch.Tensor
-    pieces: tuple[Piece, ...]
-
-    def flat(self) -> torch.Tensor:
-        return self.weights.detach().view(-1)
+SPREAD_ZERO3_SIZES = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+"""Of ZeRO-3 where experts are spread over ranks."""
 
 
 def zero_stage(engine: Any) -> int:
@@ -177,116 +142,8 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_full(
-    engine: Any, of: list[Shard], layout: ExpertLayout, flat_of: Callable[[int], torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Whole tensors from the shards of all ranks, float32 on the CPU, by parameter name.
-
-    Every rank must call it, in the same order. One parameter at a time, so that no rank holds more than
-    one gathered tensor on the device.
-
-    Args:
-        engine: the DeepSpeed engine.
-        of: ``shards(engine)``.
-        layout: the experts of this rank; a bank comes out with all experts of the pool.
-        flat_of: index of a shard to the flat tensor to read: its weights, or a moment of the same shape.
-    """
-    where: dict[str, list[tuple[int, Piece]]] = {}
-    for i, shard in enumerate(of):
-        for piece in shard.pieces:
-            where.setdefault(piece.name, []).append((i, piece))
-    whole = {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        shape = whole_shape(name, full_shape(parameter), layout)
-        full = torch.zeros(shape, dtype=torch.float32, device=engine.device)
-        for i, piece in where.get(name, ()):
-            for run in runs_of(piece, layout):
-                run.of_whole(full).copy_(run.of_flat(flat_of(i)))
-        whole[name] = sum_over_partitions(engine, full).cpu()
-    return whole
-
-
-@torch.no_grad()
-def scatter_full(
-    of: list[Shard],
-    layout: ExpertLayout,
-    whole: Mapping[str, torch.Tensor],
-    flat_of: Callable[[int], torch.Tensor],
-) -> None:
-    """The way back: write this rank's pieces of whole tensors into its flat ones."""
-    for i, shard in enumerate(of):
-        for piece in shard.pieces:
-            for run in runs_of(piece, layout):
-                run.of_flat(flat_of(i)).copy_(run.of_whole(whole[piece.name]))
-
-
-def is_bank(name: str) -> bool:
-    """Whether a parameter is a stack of experts, and not a router."""
-    return ".bank." in name
-
-
-def whole_shape(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[int, ...]:
-    """The shape of a parameter over all ranks: a bank with the whole pool."""
-    return (layout.num_experts, *shape[1:]) if is_bank(name) else shape
-
-
-@dataclass(frozen=True)
-class Run:
-    """Elements of one expert (or of a router) that lie together in a partition.
-
-    Attributes:
-        unit: the expert in the pool; None for a router.
-        inside: where they start in the expert's (or router's) flattened weights.
-        flat_start: where they start in the partition.
-        numel: how many.
-    """
-
-    unit: int | None
-    inside: int
-    flat_start: int
-    numel: int
-
-    def of_flat(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat[self.flat_start : self.flat_start + self.numel]
-
-    def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
-        rows = whole.view(1, -1) if self.unit is None else whole.view(whole.shape[0], -1)
-        return rows[self.unit or 0, self.inside : self.inside + self.numel]
-
-
-def runs_of(piece: Piece, layout: ExpertLayout) -> list[Run]:
-    """A piece cut at its experts."""
-    if not is_bank(piece.name):
-        return [Run(None, piece.param_start, piece.flat_start, piece.numel)]
-    width = math.prod(piece.shape[1:])
-    found, done = [], 0
-    while done < piece.numel:
-        place, inside = divmod(piece.param_start + done, width)
-        numel = min(width - inside, piece.numel - done)
-        found.append(Run(layout.local[place], inside, piece.flat_start + done, numel))
-        done += numel
-    return found
-
-
-def whole_parameter(name: str, parameter: nn.Parameter, placement: Placement) -> torch.Tensor:
-    """A parameter's full value over all ranks, on the CPU.
-
-    A collective where ZeRO-3 holds it partitioned, or where experts are spread over ranks.
-    """
-    own = _unpartitioned(parameter)
-    layout, exchange = placement.layout, placement.exchange
-    if not is_bank(name) or layout.size == 1:
-        return own.cpu().clone()
-    whole = own.new_zeros(whole_shape(name, tuple(own.shape), layout))
-    whole[list(layout.local)] = own
-    assert isinstance(exchange, TokenExchange)
-    dist.all_reduce(whole, group=exchange.group)
-    return whole.cpu()
-
-
-def _unpartitioned(parameter: nn.Parameter) -> torch.Tensor:
+def unpartitioned(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's value of a parameter, gathered where ZeRO-3 holds it partitioned: there a collective."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     import deepspeed
@@ -298,18 +155,20 @@ def _unpartitioned(parameter: nn.Parameter) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_parameter(parameter: nn.Parameter, own: torch.Tensor) -> None:
-    """Write this rank's value of a parameter, unpartitioned; under ZeRO-3 a collective.
+def fill_parameter(parameter: nn.Parameter, fill: Callable[[torch.Tensor], None]) -> None:
+    """Let ``fill`` write this rank's value of a parameter in place; under ZeRO-3 a collective, where the
+    first rank of those that share the parameter writes and the others take it from there.
 
     A stage-two engine finds the experts partitioned where stage one ran before it in the same process.
     """
     if not hasattr(parameter, "ds_id"):
-        parameter.copy_(own)
+        fill(parameter.detach())
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.copy_(own)
+        if dist.get_rank(group=parameter.ds_process_group) == 0:  # type: ignore[attr-defined]
+            fill(parameter.detach())
 
 
 class _ExpertMarker(MoE):
@@ -340,23 +199,62 @@ def spread_experts(model: nn.Module, experts: list[nn.Parameter], size: int, sta
     """Mark expert parameters as different on the ranks of a group, before ``deepspeed.initialize``.
 
     Args:
-        model: gets a marker submodule under ZeRO-1 and 2.
+        model: gets a marker submodule under ZeRO-1 and 2 if its experts train: where DeepSpeed sees it, it
+            wants a group of experts.
         experts: ``lora_A`` and ``lora_B`` of all banks.
         size: EP, above 1.
         stage: ZeRO 1, 2 or 3.
     """
     assert stage > 0, "ZeRO-0 averages the norms of experts over owners (DeepSpeed#8475)"
-    name = _group_name(size)
     for parameter in experts:
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = name  # type: ignore[attr-defined]
-        if stage == 3:
-            data_group = deepspeed_groups._get_expert_data_parallel_group(name)
-            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_process_group = data_group  # type: ignore[attr-defined]
-    if stage < 3 and not hasattr(model, "dsmixer_experts"):
+        _mark(parameter, size, stage)
+    if hasattr(model, "dsmixer_experts"):
+        del model.dsmixer_experts
+    if stage < 3 and any(parameter.requires_grad for parameter in experts):
         model.add_module("dsmixer_experts", _ExpertMarker())
+
+
+def config_for_spread(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that holds where ranks have banks of different sizes.
+
+    DeepSpeed fills buckets and counts what it prefetches and keeps by the sizes of the parameters it meets,
+    banks among them. Ranks whose banks differ would then reduce and gather what they share, routers and base,
+    at different moments, and meet in different collectives. Under ZeRO-1 and 2 each gradient is therefore
+    reduced by itself, and under ZeRO-3 nothing is prefetched or kept for a later use.
+    """
+    sizes: dict[str, int] = {"reduce_bucket_size": 1}
+    if ds_config["zero_optimization"]["stage"] == 3:
+        sizes = SPREAD_ZERO3_SIZES
+    return {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], **sizes}}
+
+
+def _mark(parameter: nn.Parameter, size: int, stage: int) -> None:
+    name = _group_name(size)
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = name  # type: ignore[attr-defined]
+    if stage == 3:
+        data_group = deepspeed_groups._get_expert_data_parallel_group(name)
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_process_group = data_group  # type: ignore[attr-defined]
+
+
+def cut_weights(module: nn.Module, ds_config: Mapping[str, Any], *, experts_over: int = 1) -> None:
+    """Leave each rank its part of a module's weights now, as ZeRO-3 else does with all of a model at once.
+
+    Args:
+        module: whose weights are whole, and the same on the ranks that hold it.
+        ds_config: of the engine to come.
+        experts_over: EP, where the module is a bank of experts that are spread; else 1.
+    """
+    import deepspeed
+
+    if experts_over > 1:
+        for parameter in module.parameters():
+            _mark(parameter, experts_over, 3)
+    # or it would replace torch.nn.functional.linear for the whole process
+    block = {**ds_config["zero_optimization"], "memory_efficient_linear": False}
+    deepspeed.zero.Init(module=module, config_dict_or_path={**ds_config, "zero_optimization": block})
 
 
 def parameter_groups(

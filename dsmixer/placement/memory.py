@@ -16,9 +16,13 @@ those over the EDP ranks that hold the same ones, routers and base over all.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from dsmixer.placement.activations import activation_bytes, working_bytes
+from dsmixer.placement.copies import Copies, copies_of
+from dsmixer.placement.owners import Owners
 from dsmixer.placement.request import FLOAT32, FOUR_BIT, PlanRequest, StageShape
 
 COPYING_STAGES = (1, 2, 3)
@@ -32,23 +36,53 @@ class Layout:
     Attributes:
         mode: ``replicate``, ``weights`` or ``tokens``.
         zero_stage: that goes with it.
-        expert_parallel_size: EP.
-        held: experts on the rank that holds most.
+        owners: of the experts among the ranks of a group; one rank that owns all where it holds all.
     """
 
     mode: str
     zero_stage: int
-    expert_parallel_size: int
-    held: int
+    owners: Owners
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """EP."""
+        return len(self.owners.loads)
 
     def expert_data_parallel_size(self, world_size: int) -> int:
         """EDP: ranks over which ZeRO cuts what an expert needs."""
         return world_size // self.expert_parallel_size
 
+    @cached_property
+    def held(self) -> tuple[int, ...]:
+        """Experts on each EP rank."""
+        found = Counter(rank for parts in self.owners.parts for rank, _ in parts)
+        return tuple(found[rank] for rank in range(self.expert_parallel_size))
+
+    @property
+    def most_held(self) -> int:
+        """Experts on the EP rank that holds most."""
+        return max(self.held)
+
+    def copies(self, request: PlanRequest, stage: StageShape) -> Copies | None:
+        """How tokens travel in a stage; None where they stay."""
+        named = stage.named(request.pool.num_experts)
+        if self.mode != "tokens" or named is None:
+            return None
+        return copies_of(self.owners, named)
+
+    def shared_with(self, world_size: int) -> tuple[tuple[int, ...], ...]:
+        """For each EP rank: of each of its experts with several owners, how many ranks hold it."""
+        edp = self.expert_data_parallel_size(world_size)
+        found: list[list[int]] = [[] for _ in self.owners.loads]
+        for parts in self.owners.parts:
+            for rank, _ in parts if len(parts) > 1 else ():
+                found[rank].append(len(parts) * edp)
+        return tuple(map(tuple, found))
+
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes of one rank in one stage, on the rank that has most.
+    """Bytes of one rank in one stage.
 
     Attributes:
         base: frozen weights of the model.
@@ -58,7 +92,8 @@ class RankBytes:
         optimizer: both moments, a float32 copy of the weights where ZeRO makes one, and θ(0).
         activations: of one micro-batch.
         buffers: beside the activations: gradients on their way, weights that ZeRO-3 gathers, a mixer's work.
-        update: in the optimizer step, when activations and buffers are gone.
+        update: in the optimizer step, when activations and buffers are gone; before it, the gradient of an
+            expert with several owners.
         start: the most before the first step: loading the base, making the experts, starting the engine.
     """
 
@@ -109,36 +144,44 @@ class _Tensors:
         return self.cut + sum(numel * count for numel, count in self.sizes if numel <= threshold)
 
 
-def rank_bytes(request: PlanRequest, layout: Layout, stage: StageShape) -> RankBytes:
-    """What a stage takes on the rank that holds most.
+def rank_bytes(
+    request: PlanRequest, layout: Layout, stage: StageShape, place: int | None = None
+) -> RankBytes:
+    """What a stage takes on one rank.
 
     Args:
         request: the plan's.
         layout: the placement.
         stage: the stage.
+        place: EP rank; None: the one that holds most experts.
     """
-    experts, routers = _experts(request, layout, stage), _routers(request, stage)
+    if place is None:
+        place = max(range(layout.expert_parallel_size), key=layout.held.__getitem__)
+    held, copies = layout.held[place], layout.copies(request, stage)
+    arriving = None if copies is None else copies.arriving(place)
+    experts, routers = _experts(request, layout, held, stage), _routers(request, stage)
     zero, limit = layout.zero_stage, request.engine.persistence
     whole = FLOAT32 * (experts.whole + routers.whole)
     weights = [FLOAT32 * (t.cut_but(limit) if zero == 3 else t.whole) for t in (experts, routers)]
     trained = [t for t in (experts, routers) if t.trains]
-    base = base_bytes(request, layout)
     gradients = FLOAT32 * sum(t.cut if zero >= 2 else t.whole for t in trained)
-    copies = 2 + (zero in COPYING_STAGES) + stage.keeps_origin
+    copied = 2 + (zero in COPYING_STAGES) + stage.keeps_origin
     states = FLOAT32 * sum(t.whole if zero == 0 else t.cut for t in trained)
-    # experts are made whole before DeepSpeed cuts them; ZeRO-1/2 copies what trains to one flat tensor
+    # under ZeRO-3 each bank is cut as soon as it is made; ZeRO-1/2 copies what trains to one flat tensor
+    making = sum(weights) + FLOAT32 * largest_bank(request, held) if zero == 3 else whole
     flat = FLOAT32 * sum(t.whole for t in trained) if zero in (1, 2) else 0
+    shared = stage.trains_experts and layout.shared_with(request.cluster.world_size)[place]
+    adding_up = FLOAT32 * expert_weights(request, 1) if shared else 0
     return RankBytes(
-        base=base,
+        base=base_bytes(request, layout),
         experts=weights[0],
         routers=weights[1],
         gradients=gradients,
-        optimizer=copies * states,
-        activations=activation_bytes(request, stage, layout.expert_parallel_size),
-        buffers=working_bytes(request, stage, layout.held, layout.expert_parallel_size)
-        + _buffers(request, layout, trained),
-        update=_update(request, layout, trained),
-        start=load_bytes(request, layout) + whole + flat,
+        optimizer=copied * states,
+        activations=activation_bytes(request, stage, arriving),
+        buffers=working_bytes(request, stage, held, arriving) + _buffers(request, layout, held, trained),
+        update=max(_update(request, layout, trained), adding_up),
+        start=load_bytes(request, layout) + making + flat,
     )
 
 
@@ -170,13 +213,19 @@ def expert_weights(request: PlanRequest, held: int) -> int:
     return held * request.pool.rank * request.model.width
 
 
+def largest_bank(request: PlanRequest, held: int) -> int:
+    """Weights of the largest projection's ``held`` stacked experts."""
+    widest = max((p.in_features + p.out_features for p in request.model.projections), default=0)
+    return held * request.pool.rank * widest
+
+
 def router_weights(request: PlanRequest) -> int:
     """Weights of all routers."""
     return request.pool.num_experts * sum(request.model.router_widths(request.pool.router))
 
 
-def _experts(request: PlanRequest, layout: Layout, stage: StageShape) -> _Tensors:
-    rows = layout.held * request.pool.rank
+def _experts(request: PlanRequest, layout: Layout, held: int, stage: StageShape) -> _Tensors:
+    rows = held * request.pool.rank
     sizes = tuple(
         (rows * width, 1) for p in request.model.projections for width in (p.in_features, p.out_features)
     )
@@ -190,7 +239,7 @@ def _routers(request: PlanRequest, stage: StageShape) -> _Tensors:
     return _Tensors(sizes, request.cluster.world_size, stage.trains_routers)
 
 
-def _buffers(request: PlanRequest, layout: Layout, trained: list[_Tensors]) -> int:
+def _buffers(request: PlanRequest, layout: Layout, held: int, trained: list[_Tensors]) -> int:
     """Gradients on their way between ranks, and under ZeRO-3 the gathered weights."""
     engine, numel = request.engine, sum(t.whole for t in trained)
     if layout.zero_stage < 3:
@@ -199,18 +248,16 @@ def _buffers(request: PlanRequest, layout: Layout, trained: list[_Tensors]) -> i
         # a bucket, and the flat copy that is reduced
         bucket = engine.plain_bucket if layout.zero_stage == 0 else 2 * engine.reduce_bucket
         return FLOAT32 * min(bucket, numel if layout.zero_stage == 0 else 2 * numel)
-    return FLOAT32 * (engine.reduce_bucket + min(engine.reduce_bucket, numel)) + gathered_bytes(
-        request, layout
-    )
+    return FLOAT32 * (engine.reduce_bucket + min(engine.reduce_bucket, numel)) + gathered_bytes(request, held)
 
 
-def gathered_bytes(request: PlanRequest, layout: Layout) -> int:
+def gathered_bytes(request: PlanRequest, held: int) -> int:
     """Weights that ZeRO-3 may keep gathered: as many as DeepSpeed allows, and at least the largest mixer."""
     base = 0 if request.four_bit else request.model.num_weights
-    experts = expert_weights(request, layout.held) + router_weights(request)
+    experts = expert_weights(request, held) + router_weights(request)
     live = min(1.0, (request.engine.max_live + request.engine.prefetch) / max(1, base + experts))
     largest = max((p.in_features + p.out_features for p in request.model.projections), default=0)
-    at_least = FLOAT32 * layout.held * request.pool.rank * largest
+    at_least = FLOAT32 * held * request.pool.rank * largest
     return max(int(live * (request.base_bytes * base + FLOAT32 * experts)), at_least)
 
 

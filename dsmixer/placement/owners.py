@@ -1,13 +1,45 @@
-"""Who owns which expert: longest processing time first, by training tokens."""
+"""Who owns which expert: the pool laid out on one line and cut into equal slots, and ranks that own slots.
+
+Slots follow from the training data alone, so that the rows of a step, drawn equally from every slot, are
+the same on any number of ranks. A rank owns the slots in its part of the line, and so each expert in them.
+"""
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-TOLERANCE = 1e-9
-LEVELLING_PASSES = 8
+TOLERANCE = 0.04
+"""A cut moves to the border of an expert that lies within this share of a slot, so that fewer are cut."""
+
+ROUNDING = 1e-9
+
+Part = tuple[int, float, float]
+"""An expert, and from which to which share of its training data."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Experts' training data in parts of about the same load.
+
+    Attributes:
+        parts: of each slot, in the order of the line; those of one expert follow each other and make up its
+            data from 0 to 1.
+        loads: of each expert, in any unit.
+    """
+
+    parts: tuple[tuple[Part, ...], ...]
+    loads: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.loads)
 
 
 @dataclass(frozen=True)
@@ -15,8 +47,8 @@ class Owners:
     """Experts on the EP ranks of one expert-parallel group.
 
     Attributes:
-        parts: for each expert, its owners with the share of its tokens that each takes; the shares sum to 1.
-        loads: training tokens of each EP rank.
+        parts: for each expert, its owners with the share of its data that each takes; the shares sum to 1.
+        loads: of each EP rank, in the unit of the slots' loads.
     """
 
     parts: tuple[tuple[tuple[int, float], ...], ...]
@@ -32,87 +64,114 @@ class Owners:
 
     def most_held(self) -> int:
         """Experts on the EP rank that holds most."""
-        counts = [0] * len(self.loads)
-        for parts in self.parts:
-            for rank, _ in parts:
-                counts[rank] += 1
-        return max(counts)
+        return max(len(self.held(rank)) for rank in range(len(self.loads)))
+
+    def several(self) -> tuple[int, ...]:
+        """The experts with more than one owner."""
+        return tuple(e for e, parts in enumerate(self.parts) if len(parts) > 1)
+
+    def load_over_mean(self, rank: int) -> float:
+        """Load of a rank over the mean of all; 1 is even."""
+        total = sum(self.loads)
+        return self.loads[rank] * len(self.loads) / total if total else 1.0
 
     @property
     def imbalance(self) -> float:
-        """Tokens of the busiest rank over the mean; 1 is even."""
-        total = sum(self.loads)
-        return max(self.loads) * len(self.loads) / total if total else 1.0
+        """Load of the busiest rank over the mean."""
+        return max(map(self.load_over_mean, range(len(self.loads))))
 
 
-def assign_owners(tokens: Sequence[float], num_ranks: int, *, several: bool = True) -> Owners:
-    """Give every expert an owner, so that the ranks get about the same training tokens.
+def pack_slots(loads: Sequence[float], num_slots: int) -> Slots:
+    """Cut a pool into slots of equal load.
 
-    An expert with more tokens than a rank's share (the mean over ranks) fills whole ranks; its rest and all
-    other experts go, longest first, to the rank with the least tokens so far, and among those to the one with
-    the fewest experts (Graham 1969: without such large experts the busiest rank has at most 4/3 of what the
-    best possible assignment gives it). Last, an expert with several owners is dealt out anew among them,
-    so that they end level.
+    The line is divided again and again, each time longest expert first to the part with the least load so far
+    (Graham 1969), so that every stretch of it holds large and small ones. It is cut at equal distances; a cut
+    moves up to 4 % of a slot to spare an expert. So a slot is within 8 % of the mean, whatever the loads, and
+    only an expert that lies across a cut is in more than one.
 
     Args:
-        tokens: training tokens of each expert, 0 or more.
-        num_ranks: EP.
-        several: whether a large expert may have several owners; else each has one, and with at least as many
-            experts as ranks no rank is left without.
+        loads: training tokens, or rows, of each expert; 0 or more. Where all are 0 they count alike.
+        num_slots: S.
     """
-    share = sum(tokens) / num_ranks
-    parts: list[dict[int, float]] = [{} for _ in tokens]
-    whole, items = 0, []
-    for expert, size in enumerate(tokens):
-        left = float(size)
-        # a share that floating point makes a little too large must not take one rank too many
-        while several and left > share * (1 + TOLERANCE) and whole < num_ranks:
-            parts[expert][whole] = share
-            left -= share
-            whole += 1
-        if left > share * TOLERANCE or not parts[expert]:
-            items.append((left, expert))
-    _longest_first(items, parts, whole, share, num_ranks)
+    loads = tuple(map(float, loads)) if any(loads) else (1.0,) * len(loads)
+    order = _line(list(range(len(loads))), loads, num_slots)
+    ends = list(accumulate(loads[expert] for expert in order))
+    cuts = _cuts(ends, num_slots)
+    parts: list[list[Part]] = [[] for _ in range(num_slots)]
+    for expert, end in zip(order, ends, strict=True):
+        load = loads[expert]
+        begin = end - load
+        slot = min(max(0, bisect_left(cuts, begin + ROUNDING * ends[-1]) - 1), num_slots - 1)
+        done = 0.0
+        while done < 1.0:
+            stop = 1.0
+            if load and slot + 1 < num_slots and cuts[slot + 1] < end - ROUNDING * ends[-1]:
+                stop = (cuts[slot + 1] - begin) / load
+            parts[slot].append((expert, done, stop))
+            done, slot = stop, slot + 1
+    return Slots(tuple(map(tuple, parts)), loads)
+
+
+def owners_of(slots: Slots, num_ranks: int) -> Owners:
+    """Ranks own equal stretches of the line of slots; a slot that lies in two of them has two owners.
+
+    Args:
+        slots: of the pool.
+        num_ranks: EP.
+    """
+    owned: list[dict[int, float]] = [{} for _ in slots.loads]
     loads = [0.0] * num_ranks
-    for own in parts:
-        for rank, size in own.items():
-            loads[rank] += size
-    split = [own for own in parts if len(own) > 1]
-    for own in split * LEVELLING_PASSES:  # two of them may share a rank
-        _level(own, loads)
-    return Owners(tuple(_shares(own) for own in parts), tuple(loads))
+    for slot, parts in enumerate(slots.parts):
+        for rank, share in _stretches(slot, len(slots), num_ranks):
+            for expert, start, stop in parts:
+                owned[expert][rank] = owned[expert].get(rank, 0.0) + (stop - start) * share
+                loads[rank] += slots.loads[expert] * (stop - start) * share
+    return Owners(tuple(tuple(sorted(own.items())) for own in owned), tuple(loads))
 
 
-def _longest_first(
-    items: list[tuple[float, int]], parts: list[dict[int, float]], whole: int, share: float, num_ranks: int
-) -> None:
-    # (tokens, experts held, rank), least first; the first ranks are full with one large expert each
-    heap = [(share, 1, rank) if rank < whole else (0.0, 0, rank) for rank in range(num_ranks)]
-    heapq.heapify(heap)
-    for size, expert in sorted(items, key=lambda item: (-item[0], item[1])):
-        load, held, rank = heapq.heappop(heap)
-        parts[expert][rank] = parts[expert].get(rank, 0.0) + size
-        heapq.heappush(heap, (load + size, held + 1, rank))
+def _stretches(slot: int, num_slots: int, num_ranks: int) -> list[tuple[int, float]]:
+    """The ranks on whose stretch a slot lies, with the share of the slot, in whole numbers until the end."""
+    begin, end = slot * num_ranks, (slot + 1) * num_ranks  # in units of 1 / (slots x ranks)
+    found = []
+    for rank in range(begin // num_slots, -(-end // num_slots)):
+        inside = min(end, (rank + 1) * num_slots) - max(begin, rank * num_slots)
+        found.append((rank, inside / num_ranks))
+    return found
 
 
-def _level(own: dict[int, float], loads: list[float]) -> None:
-    """Deal one expert's tokens out anew among its owners, the least loaded first, in place."""
-    total = sum(own.values())
-    below = sorted((loads[rank] - size, rank) for rank, size in own.items())
-    filled, count = 0.0, 0
-    for load, _ in below:
-        if count and load * count - filled >= total:
-            break
-        filled, count = filled + load, count + 1
-    level = (total + filled) / count
-    for load, rank in below:
-        own[rank] = max(0.0, level - load)
-        loads[rank] = load + own[rank]
+def _line(experts: list[int], loads: Sequence[float], num_slots: int) -> list[int]:
+    if num_slots == 1 or len(experts) < 2:
+        return experts
+    divisor = next(d for d in range(2, num_slots + 1) if num_slots % d == 0)
+    groups = _longest_first(experts, loads, divisor)
+    return [expert for group in groups for expert in _line(group, loads, num_slots // divisor)]
 
 
-def _shares(own: dict[int, float]) -> tuple[tuple[int, float], ...]:
-    total = sum(own.values())
-    if total == 0:
-        return tuple((rank, 1.0 / len(own)) for rank in sorted(own))
-    kept = [(rank, size) for rank, size in sorted(own.items()) if size > 0]
-    return tuple((rank, size / total) for rank, size in kept)
+def _longest_first(experts: list[int], loads: Sequence[float], num_groups: int) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    loaded = [expert for expert in experts if loads[expert] > 0]
+    heap = [(0.0, 0, group) for group in range(num_groups)]  # load, experts, group
+    for expert in sorted(loaded, key=lambda e: (-loads[e], e)):
+        load, held, group = heapq.heappop(heap)
+        groups[group].append(expert)
+        heapq.heappush(heap, (load + loads[expert], held + 1, group))
+    counts = [(len(members), group) for group, members in enumerate(groups)]
+    heapq.heapify(counts)
+    # those without data weigh nothing but memory, and stand before the others, at the begin of their slot
+    for expert in (e for e in experts if loads[e] == 0):
+        held, group = heapq.heappop(counts)
+        groups[group].insert(0, expert)
+        heapq.heappush(counts, (held + 1, group))
+    return groups
+
+
+def _cuts(ends: list[float], num_slots: int) -> list[float]:
+    """Begin of each slot on the line."""
+    share = ends[-1] / num_slots
+    cuts = [0.0]
+    for slot in range(1, num_slots):
+        cut = slot * share
+        at = bisect_left(ends, cut)
+        near = min(ends[max(0, at - 1) : at + 1], key=lambda end: abs(end - cut))
+        cuts.append(near if abs(near - cut) <= TOLERANCE * share else cut)
+    return cuts

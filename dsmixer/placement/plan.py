@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmixer.placement.choice import Candidate, candidates, choose, usable_memory
-from dsmixer.placement.memory import router_weights
-from dsmixer.placement.reason import amount, exchanges, reason
+from dsmixer.placement.memory import rank_bytes, router_weights
+from dsmixer.placement.reason import exchanges, reason
 from dsmixer.placement.remedies import remedies
 from dsmixer.placement.request import FLOAT32, PlanRequest
 
@@ -22,7 +22,6 @@ class Plan:
     Attributes:
         request: what it was made from.
         chosen: the layout to use.
-        runnable: the best that a run of the recipe takes, None where it takes none.
         candidates: every layout there is, the cheapest first.
         reason: why this one, as an inequality with its numbers.
         exchange: the bytes of ``weights`` and ``tokens`` a micro-batch, as formulas with their numbers.
@@ -32,7 +31,6 @@ class Plan:
 
     request: PlanRequest
     chosen: Candidate
-    runnable: Candidate | None
     candidates: tuple[Candidate, ...]
     reason: str
     exchange: str
@@ -53,7 +51,7 @@ class Plan:
         return self.chosen.layout.expert_parallel_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; bytes are of the rank that has most."""
+        """Plain JSON values; ``bytes_per_rank`` is of the rank that has most, ``places`` of each EP rank."""
         cluster, pool, owners = self.request.cluster, self.request.pool, self.chosen.owners
         return {
             "mode": self.mode,
@@ -61,7 +59,6 @@ class Plan:
             "world_size": cluster.world_size,
             "expert_parallel_size": self.expert_parallel_size,
             "expert_data_parallel_size": cluster.world_size // self.expert_parallel_size,
-            "available": self.chosen.available,
             "fits": self.chosen.fits,
             "device_memory": cluster.device_memory,
             "reason": self.reason,
@@ -69,10 +66,10 @@ class Plan:
             "notes": list(self.notes),
             "remedies": list(self.remedies),
             "bytes_per_rank": {name: m.to_dict() for name, m in self.chosen.memory.items()},
+            "places": [self._place(number) for number in range(self.expert_parallel_size)],
             "bytes_sent_per_step": {name: t.to_dict() for name, t in self.chosen.traffic.items()},
             "num_experts": pool.num_experts,
             "busiest_over_mean": round(owners.imbalance, 4),
-            "runnable": None if self.runnable is None else _layout(self.runnable),
             "layouts": [_layout(candidate) for candidate in self.candidates],
             "owners": {
                 pool.name(e): {str(rank): round(share, 4) for rank, share in parts}
@@ -82,13 +79,24 @@ class Plan:
             else "every rank owns every expert",
         }
 
+    def _place(self, number: int) -> dict[str, Any]:
+        """What the ranks with one place in their groups hold."""
+        layout = self.chosen.layout
+        predicted = [rank_bytes(self.request, layout, stage, number) for stage in self.request.stages]
+        return {
+            "ep_rank": number,
+            "experts": layout.held[number],
+            "load_over_mean": round(self.chosen.owners.load_over_mean(number), 4),
+            "held_bytes": {s.name: p.held for s, p in zip(self.request.stages, predicted, strict=True)},
+            "peak_bytes": {s.name: p.peak for s, p in zip(self.request.stages, predicted, strict=True)},
+        }
+
 
 def _layout(candidate: Candidate) -> dict[str, Any]:
     return {
         "mode": candidate.layout.mode,
         "zero_stage": candidate.layout.zero_stage,
         "expert_parallel_size": candidate.layout.expert_parallel_size,
-        "available": candidate.available,
         "fits": candidate.fits,
         "peak_bytes": candidate.peak,
         "sent_bytes": round(candidate.sent),
@@ -107,51 +115,23 @@ def make_plan(request: PlanRequest) -> Plan:
         request: model, pool, cluster and training shape.
 
     Raises:
-        UserError: mode, ZeRO stage and EP of the request go together in no layout that a run takes.
+        UserError: mode, ZeRO stage and EP of the request go together in no layout.
     """
     found = candidates(request)
-    chosen, runnable = choose(found, only_available=request.only_available), _runnable(found)
+    chosen = choose(found)
     return Plan(
         request=request,
         chosen=chosen,
-        runnable=runnable,
         candidates=tuple(found),
         reason=reason(request, chosen, found),
         exchange=exchanges(request, chosen),
-        notes=tuple((*_by_name(chosen, runnable), *_notes(request, chosen, found))),
+        notes=tuple(_notes(request, chosen)),
         remedies=tuple(remedies(request)) if chosen.fits is False else (),
     )
 
 
-def _runnable(found: list[Candidate]) -> Candidate | None:
-    return choose(found, only_available=True) if any(c.available for c in found) else None
-
-
-def _by_name(chosen: Candidate, runnable: Candidate | None) -> list[str]:
-    """What a run takes where it does not take the choice by itself."""
-    if chosen.available:
-        return []
-    mode, instead = chosen.layout.mode, "with auto it takes nothing that the recipe leaves open"
-    if runnable is not None:
-        other = runnable.layout
-        fit = ", which does not fit" if runnable.fits is False else ""
-        instead = (
-            f"with auto and deepspeed.zero_stage: {other.zero_stage} it takes {other.mode} "
-            f"(a peak of {amount(runnable.peak)}, {amount(runnable.sent)} sent a step){fit}"
-        )
-    return [f"a run takes {mode} only by name: placement.mode: {mode}; {instead}"]
-
-
-def _notes(request: PlanRequest, chosen: Candidate, found: list[Candidate]) -> list[str]:
+def _notes(request: PlanRequest, chosen: Candidate) -> list[str]:
     notes = []
-    better = found[0]
-    if not better.available and chosen.available and better.fits is not False and better.cost < chosen.cost:
-        notes.append(
-            f"{better.layout.mode} with ZeRO {better.layout.zero_stage} and EP "
-            f"{better.layout.expert_parallel_size} would be better (a peak of {better.peak / 1e9:,.1f} GB, "
-            f"{better.sent / 1e9:,.1f} GB sent); a run takes it only by name, "
-            f"placement.mode: {better.layout.mode}"
-        )
     narrowest = min((p.in_features for p in request.model.projections), default=0)
     experts = request.pool.num_experts
     if request.pool.router == "per_projection" and experts > narrowest / ROUTER_SHARE:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dsmixer.placement.choice import Candidate, usable_memory
-from dsmixer.placement.request import FLOAT32, PlanRequest, StageShape
-from dsmixer.placement.traffic import dispatch_width, others, tokens_exchange, weights_exchange
+from dsmixer.placement.memory import Layout
+from dsmixer.placement.owners import owners_of, pack_slots
+from dsmixer.placement.request import FLOAT32, PlanRequest
+from dsmixer.placement.traffic import (
+    dispatch_width,
+    first_width,
+    others,
+    passes,
+    tokens_exchange,
+    weights_exchange,
+)
 
 
 def reason(request: PlanRequest, chosen: Candidate, found: list[Candidate]) -> str:
@@ -34,8 +43,7 @@ def _against(request: PlanRequest, chosen: Candidate, other: Candidate) -> str:
     if other.fits is False and chosen.fits is not False:
         return _too_large(request, other)
     sign = "<" if chosen.cost[0] < other.cost[0] else "=" if chosen.cost[0] == other.cost[0] else ">"
-    later = "" if other.available else " (which a run takes by name only)"
-    return f"{_cost(chosen)} {sign} {_cost(other)} of {_name(other)}{later}"
+    return f"{_cost(chosen)} {sign} {_cost(other)} of {_name(other)}"
 
 
 def _too_large(request: PlanRequest, other: Candidate) -> str:
@@ -56,10 +64,9 @@ def _cost(candidate: Candidate) -> str:
 
 
 def exchanges(request: PlanRequest, chosen: Candidate) -> str:
-    """The experts' weights and the tokens of one micro-batch on the wire, as formulas with their numbers.
+    """The experts' weights and stage two's tokens of one micro-batch on the wire, as formulas with numbers.
 
-    For EP the chosen layout's, or all ranks where it does not spread the experts. Tokens are the last
-    stage's, with stage one's beside them.
+    For EP the chosen layout's, or as many ranks as there can be where it does not spread the experts.
     """
     world, pool = request.cluster.world_size, request.pool
     if world == 1:
@@ -69,24 +76,32 @@ def exchanges(request: PlanRequest, chosen: Candidate) -> str:
         f"weights 3·R·E·Σ(D+O)·b_w·(W−1)/W = 3·{pool.rank}·{pool.num_experts}·{request.model.width:,}·"
         f"{FLOAT32}·{others(world):.3f} = {amount(weights)} a micro-batch"
     )
+    layout = _spread(request, chosen)
     stage = request.stages[-1]
-    ep = chosen.layout.expert_parallel_size
-    ep = ep if ep > 1 else min(world, pool.num_experts)
-    top_k = pool.num_experts if stage.every_expert else (stage.top_k or 1)
-    sign = "<" if tokens_exchange(request, stage, ep) < weights else ">"
-    first = "".join(f"; in stage one, K 1: tokens {_tokens(request, s, ep)}" for s in request.stages[:-1])
+    copies = layout.copies(request, stage)
+    if copies is None:
+        return f"{text}; stage one sends no tokens"
+    num_copies = copies.most_moved
+    tokens = tokens_exchange(request, stage.tokens, num_copies)
+    less = first_width(request)
+    formula, numbers = f"{passes(request)}·Σ(D+O)", f"{passes(request)}·{dispatch_width(request):,}"
+    if less:
+        formula, numbers = f"({formula}−D₀)", f"({numbers}−{less:,})"
+    sign = "<" if tokens < weights else ">"
     return (
-        f"tokens 2·n·K̂·Σ(D+O)·b_x·(EP−1)/EP = {_tokens(request, stage, ep)} {sign} {text} "
-        f"(EP {ep}, K {top_k}){first}"
+        f"tokens n·K̂·{formula}·b_x = {stage.tokens}·{num_copies:.3f}·{numbers}·{request.base_bytes} = "
+        f"{amount(tokens)} {sign} {text} (EP {layout.expert_parallel_size}, "
+        f"K {stage.named(pool.num_experts)}); stage one sends no tokens"
     )
 
 
-def _tokens(request: PlanRequest, stage: StageShape, ep: int) -> str:
-    """The numbers of the tokens' formula and what they come to."""
-    return (
-        f"2·{stage.tokens}·{stage.copies(ep):.3f}·{dispatch_width(request, stage):,}·{request.base_bytes}·"
-        f"{others(ep):.3f} = {amount(tokens_exchange(request, stage, ep))}"
-    )
+def _spread(request: PlanRequest, chosen: Candidate) -> Layout:
+    """The chosen layout, or in its place one that spreads the experts over all ranks."""
+    if chosen.layout.expert_parallel_size > 1:
+        return chosen.layout
+    world = request.cluster.world_size
+    slots = request.slots or pack_slots(request.pool.tokens, world)
+    return Layout("tokens", chosen.layout.zero_stage, owners_of(slots, world))
 
 
 def amount(num_bytes: float) -> str:

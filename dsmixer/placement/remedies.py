@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dsmixer.config.errors import UserError
 from dsmixer.placement.choice import Candidate, decide
-from dsmixer.placement.request import MODES, PlanRequest
+from dsmixer.placement.request import PlanRequest
 
 MOST_RANKS = 4096
 SMALLEST_RANK = 8
@@ -63,12 +63,10 @@ def _lighter(request: PlanRequest) -> Iterator[Change]:
 
 
 def _other_layouts(request: PlanRequest) -> Iterator[Change]:
-    """Layouts that the recipe leaves out, or a run that is not asked for them by name."""
+    """Layouts that the recipe leaves out."""
     tried = replace(request, mode="auto", zero_stage=None, expert_parallel_size=None)
     if tried != request:
         yield "placement.mode, expert_parallel_size and deepspeed.zero_stage", tried
-    if request.only_available and set(request.available_modes) != set(MODES):
-        yield "another placement.mode", replace(tried, only_available=False)
 
 
 def _smaller_rank(request: PlanRequest) -> Iterator[Change]:
@@ -117,8 +115,7 @@ def describe(candidate: Candidate) -> str:
     """A layout in a few words."""
     layout = candidate.layout
     spread = f", EP {layout.expert_parallel_size}" if layout.expert_parallel_size > 1 else ""
-    later = "" if candidate.available else ", by name only,"
-    return f"{layout.mode} with ZeRO {layout.zero_stage}{spread}{later}"
+    return f"{layout.mode} with ZeRO {layout.zero_stage}{spread}"
 
 
 def _giga(num_bytes: float) -> str:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from dsmixer.placement.owners import Slots
+
 MODES = ("replicate", "weights", "tokens")
 ZERO_STAGES = {"replicate": (0, 1, 2), "weights": (3,), "tokens": (1, 2, 3)}
 """The ZeRO stages that go with each mode."""
@@ -176,14 +178,11 @@ class StageShape:
         """n, with full rows."""
         return self.rows * self.max_length
 
-    def copies(self, num_ranks: int) -> float:
-        """K̂: ranks that a token goes to, on average; in stage one the owner of its domain's expert alone."""
-        return float(num_ranks) if self.every_expert else destinations(num_ranks, self.top_k or 1)
-
-
-def destinations(num_ranks: int, top_k: int) -> float:
-    """K̂: how many of EP ranks hold one of K experts, drawn evenly: EP · (1 − (1 − 1/EP)^K)."""
-    return num_ranks * (1.0 - (1.0 - 1.0 / num_ranks) ** top_k)
+    def named(self, num_experts: int) -> int | None:
+        """Experts that a token's router names; None in stage one, where tokens stay with their expert."""
+        if self.top_k is None or self.every_expert:
+            return num_experts if self.every_expert else None
+        return min(self.top_k, num_experts)
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,7 @@ class EngineSizes:
     reduce_bucket: int = 2**25
     plain_bucket: int = 500_000_000
     max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
     prefetch: int = 50_000_000
     persistence: int = 100_000
     sub_group: int = 1_000_000_000
@@ -203,6 +203,7 @@ class EngineSizes:
         names = {
             "reduce_bucket": "reduce_bucket_size",
             "max_live": "stage3_max_live_parameters",
+            "max_reuse": "stage3_max_reuse_distance",
             "prefetch": "stage3_prefetch_bucket_size",
             "persistence": "stage3_param_persistence_threshold",
             "sub_group": "sub_group_size",
@@ -228,9 +229,7 @@ class PlanRequest:
         mode: ``auto`` or the one asked for.
         zero_stage: None or the one asked for.
         expert_parallel_size: None or the one asked for.
-        available_modes: those that a run of this recipe takes.
-        only_available: whether to choose among those alone.
-        several_owners: whether a large expert may have several owners in a group.
+        slots: in which stage one draws the experts' data; None: of the pool's tokens, one a rank.
     """
 
     model: ModelShape
@@ -245,12 +244,9 @@ class PlanRequest:
     mode: str = "auto"
     zero_stage: int | None = None
     expert_parallel_size: int | None = None
-    available_modes: tuple[str, ...] = MODES
-    only_available: bool = True
-    several_owners: bool = True
+    slots: Slots | None = None
 
-    def dispatch_inputs(self, stage: StageShape) -> int:
-        """Σ D over the dispatches of a stage; those of a router that is asked and shared are one."""
-        return sum(
-            self.model.router_widths(self.pool.router if stage.top_k is not None else "per_projection")
-        )
+    @property
+    def dispatches(self) -> list[int]:
+        """D of each dispatch of stage two: one a router, which projections may share."""
+        return self.model.router_widths(self.pool.router)

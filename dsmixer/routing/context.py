@@ -31,14 +31,16 @@ class BatchRouting:
     """What a training batch tells its mixers.
 
     Attributes:
-        expert_ids_T: expert of each token in ``hard`` routing, -1 for none.
+        expert_ids_T: expert of each token in ``hard`` routing: its place in this rank's banks, -1 for none.
         mask_T: 1.0 for real tokens, 0.0 for padding.
         domains_T: domain of each token, -1 on padding; for the load of experts by domain.
+        num_here: experts in this rank's banks; None: all.
     """
 
     expert_ids_T: torch.Tensor | None = None
     mask_T: torch.Tensor | None = None
     domains_T: torch.Tensor | None = None
+    num_here: int | None = None
 
 
 @dataclass
@@ -70,6 +72,7 @@ class RoutingContext:
         self._router_loss: RouterLoss | None = None
         self._loss_sum: torch.Tensor | None = None
         self._shared: _SharedAssignment | None = None
+        self._at_home: Assignment | None = None
 
     @contextmanager
     def routed(self, routing: Routing) -> Iterator[None]:
@@ -95,6 +98,7 @@ class RoutingContext:
         ``clear`` after the backward pass ends both.
         """
         self.batch, self._statistics, self._router_loss = batch, statistics, router_loss
+        self._at_home = None
         self._loss_sum, self._recording, self._shared = None, True, None
         try:
             yield
@@ -108,7 +112,7 @@ class RoutingContext:
 
     def clear(self) -> None:
         """Forget the batch and the routers' losses: the next pass is not part of training."""
-        self.batch, self._shared = BatchRouting(), None
+        self.batch, self._shared, self._at_home = BatchRouting(), None, None
         self._statistics = self._router_loss = None
 
     def assign(
@@ -154,11 +158,13 @@ class RoutingContext:
         assert mode == "hard", mode
         if self.routing.expert is not None:
             ids_T1 = torch.full((num_tokens, 1), self.routing.expert, device=x_TD.device)
-        else:
-            ids_T = self.batch.expert_ids_T
-            assert ids_T is not None and ids_T.shape[0] == num_tokens, "hard routing without its ids"
-            ids_T1 = ids_T[:, None]
-        return Assignment(self.num_experts, indices_TK=ids_T1, weights_TK=ones_T1)
+            return Assignment(self.num_experts, indices_TK=ids_T1, weights_TK=ones_T1)
+        ids_T = self.batch.expert_ids_T
+        assert ids_T is not None and ids_T.shape[0] == num_tokens, "hard routing without its ids"
+        if self._at_home is None:
+            here = self.num_experts if self.batch.num_here is None else self.batch.num_here
+            self._at_home = Assignment(here, indices_TK=ids_T[:, None], weights_TK=ones_T1, here=True)
+        return self._at_home
 
     def _through_router(self, router: Router, index: int, x_TD: torch.Tensor) -> Assignment:
         logits_TE = router(x_TD)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dsmixer.config.batch import accumulation_steps
 from dsmixer.config.errors import UserError
+from dsmixer.config.recipe import LoadedRecipe
 from dsmixer.config.schema import Recipe
-from dsmixer.config.stages import StageConfig
 from dsmixer.data.collate import MicroBatch, StepBatch, step_batch
 from dsmixer.data.domains import Domain, domain_ids, load_domains
 from dsmixer.data.encode import pad_token_id
@@ -18,7 +19,7 @@ from dsmixer.data.holdout import hold_out_router_examples
 from dsmixer.data.records import Example
 from dsmixer.data.sampler import StepSampler
 from dsmixer.data.store import TokenStore
-from dsmixer.data.tokenize import tokenize_examples
+from dsmixer.training.nodes import tokenize_on_nodes
 from dsmixer.training.world import World
 
 EXAMPLES_NAMED = 4
@@ -90,7 +91,7 @@ def _forget(quarantine: Path) -> None:
 
 @dataclass(frozen=True)
 class StageData:
-    """The tokens of a stage and the order of its steps."""
+    """The tokens of a stage and the order of its steps; ``expert_parallel_size`` is known with the plan."""
 
     store: TokenStore
     sampler: StepSampler
@@ -98,6 +99,7 @@ class StageData:
     world: World
     micro_batch_size: int
     pad_token_id: int
+    expert_parallel_size: int = 1
 
     def batch(self, step: int) -> StepBatch:
         """This rank's share of a step."""
@@ -109,6 +111,7 @@ class StageData:
             world_size=self.world.size,
             micro_batch_size=self.micro_batch_size,
             pad_token_id=self.pad_token_id,
+            expert_parallel_size=self.expert_parallel_size,
         )
 
     def describe(self, micro: MicroBatch) -> str:
@@ -120,42 +123,42 @@ class StageData:
 
 
 def stage_data(
-    recipe: Recipe,
-    stage: StageConfig,
-    examples: list[Example],
-    domains: list[Domain],
+    loaded: LoadedRecipe,
+    number: int,
+    data: RunData,
+    experts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     world: World,
-    accumulation: int,
-    *,
-    weighted: bool,
 ) -> StageData:
     """Tokenise a stage's examples and fix the order of its steps.
 
     Args:
-        recipe: the run's.
-        stage: the stage's section.
-        examples: to train on.
-        domains: their domains, in order.
+        loaded: the run's recipe.
+        number: of the stage, 1 or 2.
+        data: of the run.
+        experts: names of the pool, in order.
         tokenizer: the base's.
         world: the ranks that share a step.
-        accumulation: micro-batches a step and rank.
-        weighted: whether the domains' weights count.
     """
+    recipe, stage = loaded.recipe, loaded.stage(f"stage{number}")
+    accumulation = accumulation_steps(loaded, f"stage{number}", world.size)
+    examples = data.router_examples
+    if number == 1:
+        examples = [example for domain in data.domains for example in domain.train]
     if not examples:
         raise UserError("no example to train on", where="data.domains", fix="raise max_train, or add data")
-    names = [domain.name for domain in domains]
-    weights = [domain.weight if weighted else 1.0 for domain in domains]
-    if not weighted:
+    names = data.domain_names
+    weights = [domain.weight if number == 1 else 1.0 for domain in data.domains]
+    if number == 2:
         weights.append(1.0)  # examples of no domain, from a source of the routers' own
-    cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else None
-    store = tokenize_examples(
+    store = tokenize_on_nodes(
+        world,
         examples,
         domain_ids(examples, names),
         tokenizer,
         max_length=recipe.data.max_length,
         loss=recipe.data.loss,
-        cache_dir=cache,
+        cache_dir=Path(recipe.data.cache_dir) if recipe.data.cache_dir else None,
     )
     sampler = StepSampler(
         store,
@@ -166,6 +169,8 @@ def stage_data(
         epochs=stage.epochs,
         max_steps=stage.max_steps,
         seed=recipe.run.seed,
+        experts=data.expert_of_domain(experts) if number == 1 else None,
+        num_experts=len(experts) if number == 1 else 1,
     )
     return StageData(
         store, sampler, (*names, "router data"), world, stage.micro_batch_size, pad_token_id(tokenizer)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dsmixer.model.inject import Mixture
 from dsmixer.placement import groups
+from dsmixer.placement.pieces import Run, Shard, all_runs, is_bank, runs_to_save
+from dsmixer.placement.sharing import SharedExperts
 from dsmixer.training.optimizer import AdamSettings, ExpertAdamW
 
 
@@ -22,24 +25,32 @@ class StageEngine:
         engine: DeepSpeed's.
         optimizer: ours, inside it.
         shards: the partitions of this rank.
+        shared: the experts that this rank holds with others of its group.
         mixture: what is trained.
         hooks_before: forward hooks on the model before the engine came.
     """
 
     engine: Any
     optimizer: ExpertAdamW
-    shards: list[groups.Shard]
+    shards: list[Shard]
+    shared: SharedExperts
     mixture: Mixture
     hooks_before: int
 
-    def gather(self, flat_of: Callable[[int], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Whole tensors on the CPU by parameter name; a collective."""
-        layout = self.mixture.placement.layout
-        return groups.gather_full(self.engine, self.shards, layout, flat_of)
+    def gradients(self) -> list[list[torch.Tensor]]:
+        """The gradients of a finished accumulation, as ``groups.gradients``; a collective."""
+        grads = groups.gradients(self.engine, self.shards)
+        self.shared.add_up(grads)
+        return grads
 
-    def scatter(self, whole: Mapping[str, torch.Tensor], flat_of: Callable[[int], torch.Tensor]) -> None:
-        """This rank's part of whole tensors into its shards."""
-        groups.scatter_full(self.shards, self.mixture.placement.layout, whole, flat_of)
+    def runs(self) -> Iterator[tuple[int, str, Run]]:
+        """Index of the shard, name of the parameter, and run, of all that this rank holds."""
+        return all_runs(self.shards, self.mixture.placement.layout)
+
+    def runs_to_save(self) -> Iterator[tuple[int, str, Run]]:
+        """Those that this rank saves; under ZeRO-0, where every rank has everything, its share of them."""
+        share = (dist.get_rank(), dist.get_world_size()) if groups.zero_stage(self.engine) == 0 else None
+        return runs_to_save(self.shards, self.mixture.placement.layout, share)
 
     def release(self) -> None:
         """Give the model back, without a trace of the engine."""
@@ -71,9 +82,10 @@ def start_engine(
     if layout.size > 1:
         banks = [parameter for _, parameter in mixture.expert_parameters()]
         groups.spread_experts(mixture.model, banks, layout.size, stage)
+        ds_config = groups.config_for_spread(ds_config)
     parameter_groups = groups.parameter_groups(
-        [parameter for name, parameter in trainable if groups.is_bank(name)],
-        [parameter for name, parameter in trainable if not groups.is_bank(name)],
+        [parameter for name, parameter in trainable if is_bank(name)],
+        [parameter for name, parameter in trainable if not is_bank(name)],
         layout.size,
         stage,
     )
@@ -84,4 +96,5 @@ def start_engine(
     )
     shards = groups.shards(engine)
     optimizer.bind(shards)
-    return StageEngine(engine, optimizer, shards, mixture, hooks_before)
+    shared = SharedExperts(engine, shards, layout)
+    return StageEngine(engine, optimizer, shards, shared, mixture, hooks_before)

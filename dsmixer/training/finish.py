@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dsmixer.adapters.mixture_folder import save_mixture
+from dsmixer.checkpoint.atomic import write_text
 from dsmixer.evaluation.methods import evaluate_mixture
 from dsmixer.evaluation.table import print_evaluation, write_evaluation
 from dsmixer.model.load import LoadedBase
@@ -15,7 +16,6 @@ from dsmixer.report.page import build_report
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.progress import console, print_summary
-from dsmixer.training.run_folder import write_atomically
 from dsmixer.training.saving import whole_weights
 from dsmixer.training.stage_run import RunState
 from dsmixer.training.world import once
@@ -42,7 +42,7 @@ def finish_run(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
     if state.world.rank == 0:
         print_summary(_stage_rows(state), title="training")
     state.say(f"mixture: {state.folder.mixture}\nreport:  {report}")
-    once(state.world, lambda: write_atomically(state.folder.finished_mark, "done\n"))
+    once(state.world, lambda: write_text(state.folder.finished_mark, "done\n"))
 
 
 def _stage_rows(state: RunState) -> list[dict[str, object]]:

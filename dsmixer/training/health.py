@@ -1,21 +1,13 @@
-"""What stops a run in good order: a signal, or numbers that are no longer finite."""
+"""What stops a run in good order: a signal."""
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
-
-from dsmixer.model.inject import Mixture
-from dsmixer.training.world import World, gather_objects
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient was infinite or not a number; nothing was updated with it."""
 
 
 class Stopped(Exception):
@@ -50,41 +42,3 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def refuse_nonfinite(
-    world: World,
-    mixture: Mixture,
-    task_loss: float,
-    squared_norms_U: torch.Tensor,
-    micro_batches: list[tuple[str, torch.Tensor]],
-) -> None:
-    """Stop before the update where the step's loss or a gradient is not finite.
-
-    All arguments but ``micro_batches`` are the same on every rank, so all ranks raise together.
-
-    Args:
-        world: the ranks.
-        mixture: names the experts.
-        task_loss: of the step, all ranks.
-        squared_norms_U: squared gradient norms of experts and routers, all ranks.
-        micro_batches: description and summed loss of each micro-batch of this rank.
-
-    Raises:
-        NonFiniteError: names the experts and examples.
-    """
-    bad = [i for i, norm in enumerate(squared_norms_U.tolist()) if not math.isfinite(norm)]
-    if math.isfinite(task_loss) and not bad:
-        return
-    names = [*mixture.expert_names, "the routers"]
-    own = [text for text, loss in micro_batches if not bool(torch.isfinite(loss))]
-    examples = [text for texts in gather_objects(world, own) for text in texts]
-    parts = [f"the loss of this step is {task_loss}"]
-    if bad:
-        parts.append(f"the gradient is not finite for {', '.join(names[i] for i in bad[:8])}")
-    if examples:
-        parts.append("the micro-batches with it held " + "; ".join(examples[:4]))
-    raise NonFiniteError(
-        ", ".join(parts) + ". Nothing was updated. Look at those examples, lower the learning rate, or "
-        "use base.dtype=float32; the last checkpoint is intact."
-    )

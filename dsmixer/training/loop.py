@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,8 +14,10 @@ from dsmixer.losses.task import token_losses
 from dsmixer.placement import groups
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training.engine import StageEngine
-from dsmixer.training.health import StopRequest, refuse_nonfinite
+from dsmixer.training.health import StopRequest
+from dsmixer.training.nonfinite import NonFinitePolicy, StepNumbers, vote
 from dsmixer.training.optimizer import StepPlan
+from dsmixer.training.pulse import Pulse
 from dsmixer.training.stages import Stage
 from dsmixer.training.world import World
 
@@ -38,6 +40,7 @@ class StepReport:
         seconds: wall time of the step.
         statistics: of the routers, reduced over ranks; None in stage one.
         stop: whether some rank was asked to stop.
+        skipped: whether a number was not finite and nothing was updated.
     """
 
     step: int
@@ -53,6 +56,7 @@ class StepReport:
     seconds: float
     statistics: RoutingStatistics | None
     stop: bool
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Loop:
     """Everything a step needs, and nothing it changes but the model and the optimizer.
 
     ``flat_rows`` lays a micro-batch out as one row: flash attention keeps packed examples apart only there.
+    ``nonfinite`` counts the steps that were skipped; ``pulse`` is told where the loop stands.
     """
 
     world: World
@@ -70,21 +75,33 @@ class Loop:
     stop_request: StopRequest
     seed: int
     flat_rows: bool = False
+    nonfinite: NonFinitePolicy = field(default_factory=NonFinitePolicy)
+    pulse: Pulse = field(default_factory=Pulse)
 
     def run_step(self, step: int) -> StepReport:
         """Optimizer step ``step`` (from 0): forward and backward over the micro-batches, then the update."""
         began = time.perf_counter()
+        self.pulse.begin_step(step + 1)
         batch = self.batch_of(step)
         self._seed_dropout(step)
         statistics = self.stage.start_step(step, batch)
         local_sums, seen = self._accumulate(batch, statistics)
         task_sum, rsl, stop = self._reduce(local_sums, statistics)
-        preserve, norms_U, plan = self._update(step, statistics)
         num_targets = max(1, int(batch.target_tokens.sum()))
         task_loss = task_sum / num_targets
-        grad_norm = float(norms_U.sum().sqrt())
-        refuse_nonfinite(self.world, self.engine.mixture, task_loss, norms_U, seen)
+        sums, plan, grads = self._update(step, statistics)
+        norms_U, preserve = sums[:-1], float(sums[-1])
+        numbers = StepNumbers(task_loss, rsl, preserve, norms_U.cpu(), statistics)
+        place = f"step {step + 1} of stage {self.stage.number}"
+        mixture = self.engine.mixture
+        problems = numbers.problems(mixture.expert_names, list(mixture.routers))
+        skipped = vote(self.world, problems, seen, self.nonfinite, place)
+        if skipped:
+            plan = self._drop(plan, grads, norms_U)
+        self.engine.optimizer.prepare(plan, norms_U)
         self.engine.engine.step()
+        seconds = time.perf_counter() - began
+        self.pulse.end_step(seconds)
         return StepReport(
             step=step + 1,
             loss=task_loss + rsl + preserve,
@@ -93,12 +110,13 @@ class Loop:
             preserve=preserve,
             learning_rate=plan.learning_rate,
             router_learning_rate=plan.router_learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=float(numbers.squared_norms_U.sum().sqrt()),
             tokens=batch.real_tokens,
             target_tokens=num_targets,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             statistics=statistics,
             stop=stop > 0,
+            skipped=skipped,
         )
 
     def _seed_dropout(self, step: int) -> None:
@@ -120,6 +138,7 @@ class Loop:
         seen = []
         engine = self.engine.engine
         for i, micro in enumerate(batch.micro_batches):
+            self.pulse.enter(f"micro-batch {i + 1} of {len(batch.micro_batches)}")
             task, routing = self._forward_backward(micro.to(self.world.device), statistics)
             task_sum += task
             routing_sum += routing
@@ -153,6 +172,7 @@ class Loop:
 
     def _reduce(self, sums: torch.Tensor, statistics: RoutingStatistics | None) -> tuple[float, float, float]:
         """One all-reduce for the losses and for the statistics of all routers."""
+        self.pulse.enter("adding up the losses")
         counted = sums.new_zeros(0) if statistics is None else statistics.buffer.flatten()
         reduced = groups.sum_over_ranks(torch.cat((sums, counted)))
         if statistics is not None:
@@ -162,13 +182,28 @@ class Loop:
 
     def _update(
         self, step: int, statistics: RoutingStatistics | None
-    ) -> tuple[float, torch.Tensor, StepPlan]:
-        """Prepare the optimizer: preserve, per-expert norms, clipping. ``engine.step`` then applies it."""
+    ) -> tuple[torch.Tensor, StepPlan, list[list[torch.Tensor]]]:
+        """Complete the gradients of a step.
+
+        Returns:
+            squared norms of the units and, last, the preserve term, ``[U + 1]``, over all ranks; the plan of
+            the step; this rank's gradients.
+        """
+        self.pulse.enter("adding up the gradients")
         optimizer, engine = self.engine.optimizer, self.engine.engine
         plan = self.stage.plan(step, statistics)
-        grads = groups.gradients(engine, self.engine.shards)
+        grads = self.engine.gradients()
         preserve = optimizer.add_preserve(grads, plan)
-        sums = torch.cat((optimizer.squared_norms(grads), preserve[None]))
+        sums = torch.cat((optimizer.squared_norms(grads, plan), preserve[None]))
         groups.sum_over_partitions(engine, sums)
-        optimizer.prepare(plan, sums[:-1])
-        return float(sums[-1]), sums[:-1].cpu(), plan
+        self.pulse.enter("updating")
+        return sums, plan, grads
+
+    def _drop(self, plan: StepPlan, grads: list[list[torch.Tensor]], norms_U: torch.Tensor) -> StepPlan:
+        """Make the step one that reaches nothing: DeepSpeed ends its accumulation, and our optimizer, which
+        it calls, leaves weights, moments and counts as they are."""
+        for grad in (grad for of_shard in grads for grad in of_shard):
+            grad.zero_()
+        norms_U.zero_()
+        self.stage.forget_step()
+        return replace(plan, reached=torch.zeros_like(plan.reached))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from dsmixer.checkpoint.atomic import write_text
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.routing.statistics import RoutingStatistics
 
@@ -93,7 +94,8 @@ def _own_expert_share(statistics: RoutingStatistics, expert_of_domain: Sequence[
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a logged step, each (stage, step) once, in the order of training.
 
-    Only rank 0 opens one. A number that is not finite is written as ``null``, because JSON has none.
+    Only rank 0 opens one. A number that is not finite is written as ``null``, because JSON has none. Rows
+    that a full disk does not take are kept and written with a later one: no run ends for want of a log.
 
     Args:
         folder: the run folder; made where it is missing.
@@ -105,7 +107,8 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         self._last = _cut(self.path, restored)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""
 
     @property
     def last(self) -> tuple[int, int] | None:
@@ -126,13 +129,31 @@ class MetricsLog:
         assert self._last is None or (stage, step) > self._last, f"{(stage, step)} after {self._last}"
         row: dict[str, object] = {"stage": stage, "step": step}
         row |= {key: _plain(value) for key, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        warned = bool(self._waiting)
+        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not warned:
+                print(
+                    f"dsmixer: warning: {self.path}: {error.strerror}; its rows wait",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self._last = (stage, step)
         return row
 
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            written = self._file.write(self._waiting)  # of a full disk's last bytes a part may be written
+            self._waiting = self._waiting[written or 0 :]
+
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError where rows still wait for space."""
+        try:
+            self._write_waiting()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -149,9 +170,7 @@ def _cut(path: Path, restored: tuple[int, int] | None) -> tuple[int, int] | None
     kept = sorted(pair for pair in rows if restored is not None and pair <= restored)
     text = "".join(json.dumps(rows[pair]) + "\n" for pair in kept)
     if path.exists() and text != path.read_text(encoding="utf-8", errors="replace"):
-        beside = path.with_name(f".{path.name}.cut")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, text)
     return kept[-1] if kept else None
 
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
+from dsmixer.adapters.importing import Pool, check_scales, fill_bank
+from dsmixer.config.ds_json import deepspeed_config
 from dsmixer.config.recipe import LoadedRecipe
-from dsmixer.data.records import Example
+from dsmixer.experts.bank import ExpertBank
+from dsmixer.model.inject import Settle
 from dsmixer.model.load import bare_base
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.model.shape import model_shape
 from dsmixer.placement.exchange import Placement, local_placement, token_placement
-from dsmixer.placement.groups import expert_parallel_group
+from dsmixer.placement.groups import cut_weights, expert_parallel_group
 from dsmixer.placement.layout import ExpertLayout
+from dsmixer.placement.owners import Slots
 from dsmixer.placement.plan import Plan, make_plan
 from dsmixer.placement.request import Cluster
-from dsmixer.training.data import RunData
-from dsmixer.training.planning import PoolFacts, plan_request
+from dsmixer.training.planning import PoolFacts, first_stage, plan_request
 from dsmixer.training.world import World
 
 
 def plan_run(
     loaded: LoadedRecipe,
     config: MixerConfig,
-    data: RunData,
-    zero_stage: int,
+    slots: Slots | None,
     world: World,
     ds_path: str | None,
 ) -> Plan:
@@ -34,20 +37,19 @@ def plan_run(
     Args:
         loaded: the recipe.
         config: of the mixture.
-        data: how much each expert trains on.
-        zero_stage: resolved.
+        slots: in which stage one draws its experts' data; None without stage one.
         world: the ranks and their device.
         ds_path: a DeepSpeed JSON file from the command line.
     """
     recipe = loaded.recipe
     shape = model_shape(bare_base(recipe.base), recipe.mixer.targets)
-    ranks = dict(zip(config.experts, config.rank_list, strict=True))
-    facts = PoolFacts(config.experts, _text_sizes(data), ranks)
+    facts = PoolFacts(config.experts, ranks=dict(zip(config.experts, config.rank_list, strict=True)))
     nodes = int(os.environ.get("CROSS_SIZE", "1"))
     on_gpu = world.device.type == "cuda"
     memory = torch.cuda.get_device_properties(world.device).total_memory if on_gpu else None
     cluster = Cluster(world.size, max(1, world.size // nodes), memory)
-    return make_plan(plan_request(loaded, shape, facts, cluster, zero_stage=zero_stage, ds_path=ds_path))
+    request = plan_request(loaded, shape, facts, cluster, ds_path=ds_path, slots=slots)
+    return make_plan(request)
 
 
 def place_experts(plan: Plan, world: World) -> Placement:
@@ -59,15 +61,35 @@ def place_experts(plan: Plan, world: World) -> Placement:
     return token_placement(layout, expert_parallel_group(size), world.device)
 
 
-def _text_sizes(data: RunData) -> dict[str, float]:
-    """Characters that each expert trains on in an epoch: about in proportion to tokens, and known already."""
-    sizes: dict[str, float] = {}
-    for domain in data.domains:
-        characters = sum(map(_num_characters, domain.train))
-        sizes[domain.expert] = sizes.get(domain.expert, 0.0) + domain.weight * characters
-    return sizes
+def settle_weights(
+    loaded: LoadedRecipe,
+    config: MixerConfig,
+    placement: Placement,
+    pool: Pool | None,
+    world: World,
+    ds_path: str | None,
+) -> Settle:
+    """What becomes of each bank and router when it is made: filled from adapters, and cut under ZeRO-3.
 
+    Args:
+        loaded: the recipe, its ZeRO stage decided.
+        config: of the mixture.
+        placement: of this rank.
+        pool: ready-made adapters among the experts, checked against the base.
+        world: the ranks.
+        ds_path: a DeepSpeed JSON file from the command line.
+    """
+    local = [config.experts[expert] for expert in placement.layout.local]
+    cut = loaded.recipe.deepspeed.zero_stage == 3
+    ds_config = deepspeed_config(loaded, first_stage(loaded), world.size, ds_path)
+    if pool is not None:
+        check_scales(pool, config)
 
-def _num_characters(example: Example) -> int:
-    said = sum(len(str(message["content"])) for message in example.messages or ())
-    return said + len(example.prompt) + len(example.completion)
+    def settle(path: str, module: nn.Module) -> None:
+        bank = isinstance(module, ExpertBank)
+        if pool is not None and isinstance(module, ExpertBank):
+            fill_bank(pool, path, module, local)
+        if cut:
+            cut_weights(module, ds_config, experts_over=placement.layout.size if bank else 1)
+
+    return settle

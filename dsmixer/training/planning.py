@@ -9,16 +9,8 @@ from dsmixer.config.batch import accumulation_steps
 from dsmixer.config.ds_json import deepspeed_config
 from dsmixer.config.recipe import STAGES, LoadedRecipe
 from dsmixer.config.stages import Stage2Config, StageConfig
+from dsmixer.placement.owners import Slots
 from dsmixer.placement.request import Cluster, EngineSizes, ModelShape, PlanRequest, Pool, StageShape
-
-AVAILABLE_MODES = ("replicate", "weights", "tokens")
-"""What this version of the trainer runs."""
-
-AUTOMATIC_MODES = ("replicate", "weights")
-"""What a run with ``placement.mode: auto`` chooses among.
-
-``tokens`` has to be asked for by name, because in this version stage one moves tokens, too.
-"""
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -44,9 +36,8 @@ def plan_request(
     facts: PoolFacts,
     cluster: Cluster,
     *,
-    zero_stage: int | None = None,
-    only_available: bool = True,
     ds_path: str | None = None,
+    slots: Slots | None = None,
 ) -> PlanRequest:
     """The plan's request for a recipe.
 
@@ -55,9 +46,8 @@ def plan_request(
         model: of the base.
         facts: the pool.
         cluster: the ranks.
-        zero_stage: the one that the engine will get; None: the recipe's, ``auto`` left open.
-        only_available: whether to choose among what a run of the recipe takes alone.
         ds_path: a DeepSpeed JSON file from the command line.
+        slots: in which stage one draws the experts' data; None: such as ``facts.tokens`` will lead to.
 
     Raises:
         UserError: the rows of a step cannot be dealt out to the ranks.
@@ -65,7 +55,7 @@ def plan_request(
     recipe = loaded.recipe
     written = recipe.deepspeed.zero_stage
     size = recipe.placement.expert_parallel_size
-    zero_block = deepspeed_config(loaded, _first_stage(loaded), cluster.world_size, ds_path)[
+    zero_block = deepspeed_config(loaded, first_stage(loaded), cluster.world_size, ds_path)[
         "zero_optimization"
     ]
     return PlanRequest(
@@ -79,15 +69,14 @@ def plan_request(
         dropout=recipe.mixer.dropout > 0,
         engine=EngineSizes.from_config(zero_block),
         mode=recipe.placement.mode,
-        zero_stage=zero_stage if zero_stage is not None else written if isinstance(written, int) else None,
+        zero_stage=written if isinstance(written, int) else None,
         expert_parallel_size=size if isinstance(size, int) else None,
-        available_modes=AUTOMATIC_MODES if recipe.placement.mode == "auto" else AVAILABLE_MODES,
-        only_available=only_available,
-        several_owners=False,
+        slots=slots,
     )
 
 
-def _first_stage(loaded: LoadedRecipe) -> StageConfig:
+def first_stage(loaded: LoadedRecipe) -> StageConfig:
+    """The first enabled stage."""
     return next(loaded.stage(name) for name in STAGES if loaded.stage(name).enabled)
 
 

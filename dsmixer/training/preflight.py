@@ -8,7 +8,6 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmixer.adapters.importing import Pool, check_paths, read_pool
-from dsmixer.checkpoint.restore import newest_checkpoint, read_state
 from dsmixer.config.checks import check_domain_experts, check_routing
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe
@@ -16,27 +15,28 @@ from dsmixer.config.schema import Recipe
 from dsmixer.data.chat import rendered
 from dsmixer.model.load import bare_base, load_tokenizer
 from dsmixer.model.targets import find_targets
+from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, load_run_data
 
 
-def check_stage_order(recipe: Recipe, stages: Sequence[int], checkpoints: Path) -> None:
-    """Refuse stage two by itself where stage one is still to come.
+def check_stage_order(recipe: Recipe, stages: Sequence[int], checkpoints: Checkpoints) -> None:
+    """Refuse stage two by itself where stage one is still to come; a collective.
 
     Args:
         recipe: the run's.
         stages: asked for in this call.
-        checkpoints: of stage one.
+        checkpoints: of the run.
 
     Raises:
         UserError: stage one has no finished checkpoint.
     """
     if not recipe.stage1.enabled or 1 in stages:
         return
-    path = newest_checkpoint(checkpoints, lambda _: None)
-    if path is None or not read_state(path).finished:
+    saved = checkpoints.open(1)
+    if saved is None or not saved.state.finished:
         raise UserError(
             "stage one of this run is not finished",
-            where=str(checkpoints),
+            where=str(checkpoints.folder.checkpoints(1)),
             fix="run the same command with --stages 1 or without --stages first",
         )
 

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
-from dsmixer.adapters.importing import Pool, fill_experts
+from dsmixer.adapters.importing import Pool
+from dsmixer.checkpoint.atomic import write_json
 from dsmixer.config.batch import check_world
-from dsmixer.config.ds_json import resolved_zero_stage
+from dsmixer.config.ds_json import with_zero_stage
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe
 from dsmixer.config.schema import Recipe
-from dsmixer.data.records import Example
 from dsmixer.model.count import WeightCounts, count_weights
 from dsmixer.model.inject import Mixture, attach_mixers
-from dsmixer.model.load import LoadedBase, load_base
+from dsmixer.model.load import LoadedBase, load_base, load_tokenizer
 from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.placement.plan import Plan
+from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, StageData, stage_data
-from dsmixer.training.engine import StageEngine
 from dsmixer.training.finish import finish_run
 from dsmixer.training.health import StopRequest
-from dsmixer.training.placing import place_experts, plan_run
+from dsmixer.training.heartbeat import watching
+from dsmixer.training.lock import RunLock
+from dsmixer.training.nodes import fetch_on_nodes
+from dsmixer.training.nonfinite import NonFinitePolicy
+from dsmixer.training.placing import place_experts, plan_run, settle_weights
 from dsmixer.training.preflight import check_stage_order, read_inputs
-from dsmixer.training.run_folder import RunFolder, claim_run_folder, find_run_folder, write_json
-from dsmixer.training.saving import load_weights
+from dsmixer.training.ranks import check_ranks, check_shared_folder
+from dsmixer.training.resume import TakeUp, carry_out, take_up, told
+from dsmixer.training.run_folder import RunFolder, claim_run_folder, find_run_folder
+from dsmixer.training.saving import check_fits, load_weights
 from dsmixer.training.stage_run import RunState, run_stage
 from dsmixer.training.world import World, gather_objects, join_world, once
 
@@ -37,11 +45,15 @@ class RunRequest:
         loaded: the checked recipe, DeepSpeed file merged in.
         stages: the stages to run now, of those that the recipe enables.
         ds_path: a DeepSpeed JSON file from the command line.
+        start_from: the checkpoint to go on from, by step or path; None: the newest.
+        allow_changes: whether a run may go on with other mathematics than before.
     """
 
     loaded: LoadedRecipe
     stages: tuple[int, ...] = (1, 2)
     ds_path: str | None = None
+    start_from: str | None = None
+    allow_changes: bool = False
 
 
 def train(request: RunRequest) -> None:
@@ -51,23 +63,44 @@ def train(request: RunRequest) -> None:
         UserError: a mistake in what the user gave.
         Stopped: a signal came; the run has saved and can be taken up again.
         NonFiniteError: a loss or gradient was not finite.
+        SaveError: the end of a stage could not be saved.
     """
     recipe, stages = request.loaded.recipe, _stages_of(request)
-    world = join_world(max(recipe.health.hang_timeout, 60.0))
-    accumulation = check_world(request.loaded, world.size)
+    # the watch over the loop speaks first: it can name who is missing in a collective
+    world = join_world(max(recipe.health.hang_timeout + 30.0, 60.0))
+    check_ranks(world, request.loaded, stages)
+    check_world(request.loaded, world.size)
     folder = once(world, lambda: find_run_folder(request.loaded))
-    once(world, lambda: check_stage_order(recipe, stages, folder.checkpoints(1)))
+    check_shared_folder(world, folder.path)
+    lock = RunLock(folder.lock)
+    once(world, lambda: _lock_begun(folder, lock))
+    checkpoints = Checkpoints(world, folder, partial(_say, world))
+    taken = take_up(
+        world,
+        checkpoints,
+        request.loaded,
+        stages,
+        start_from=request.start_from,
+        allow_changes=request.allow_changes,
+        ds_path=request.ds_path,
+    )
+    check_stage_order(recipe, stages, checkpoints)
     if folder.finished():
         _say(world, f"{folder.path} is finished; its report is {folder.report}")
         return
+    fetch_on_nodes(world, recipe)
     stop_request = StopRequest()
-    with stop_request.listening():
-        state, base = _set_up(request, world, folder, stop_request)
+    with lock, stop_request.listening(), watching(world, recipe.health) as pulse:
+        state, base, stage_tokens = _set_up(request, taken, checkpoints, stop_request, lock)
+        state.pulse = pulse
+        state.nonfinite = NonFinitePolicy(recipe.health.on_nonfinite == "skip", recipe.health.max_skipped)
         engine = None
-        for number in _stages_left(state, stages):
+        for number in _stages_left(state, stages, stage_tokens):
             if engine is not None:
                 engine.release()
-            engine = _one_stage(state, base, number, accumulation[f"stage{number}"])
+            elif number == 2 and recipe.stage1.enabled:
+                _take_stage_one(state)
+            engine = run_stage(state, number, stage_tokens[number])
         stop_request.at_once = True  # everything is saved, and no loop looks at the request any more
         if _left_for_later(request):
             _say(world, f"stage {_left_for_later(request)} is left for another call of the same command")
@@ -96,13 +129,25 @@ def _stages_of(request: RunRequest) -> list[int]:
     return chosen
 
 
-def _stages_left(state: RunState, stages: list[int]) -> list[int]:
+def _stages_left(state: RunState, stages: list[int], data: dict[int, StageData]) -> list[int]:
     """Of the stages to run, those that are: stage one needs no engine again where stage two only wants its
-    experts."""
+    experts. Once stage two has begun, stage one is what it was."""
     if stages != [1, 2]:
         return stages
-    checkpoint = state.find_checkpoint(1)
-    return [2] if checkpoint is not None and checkpoint.state.finished else stages
+    if _has_all_of_stage_two(state):
+        return [2]
+    saved = state.checkpoints.open(1)
+    if saved is None:
+        return stages
+    begun = state.checkpoints.newest(2) is not None
+    done = saved.state.finished if begun else saved.state.step >= data[1].sampler.num_steps
+    return [2] if done else stages
+
+
+def _has_all_of_stage_two(state: RunState) -> bool:
+    """Whether stage two has a checkpoint with the experts in it; a collective."""
+    preserve = state.loaded.recipe.stage2.experts == "preserve"
+    return preserve and state.checkpoints.newest(2) is not None
 
 
 def _left_for_later(request: RunRequest) -> int | None:
@@ -112,30 +157,55 @@ def _left_for_later(request: RunRequest) -> int | None:
 
 
 def _set_up(
-    request: RunRequest, world: World, folder: RunFolder, stop_request: StopRequest
-) -> tuple[RunState, LoadedBase]:
-    """Data, base model with mixers, and the plan."""
-    recipe = request.loaded.recipe
+    request: RunRequest,
+    taken: TakeUp,
+    checkpoints: Checkpoints,
+    stop_request: StopRequest,
+    lock: RunLock,
+) -> tuple[RunState, LoadedBase, dict[int, StageData]]:
+    """Data and their tokens, the plan, and the base model with mixers."""
+    loaded, recipe = taken.loaded, taken.loaded.recipe
+    world, folder = checkpoints.world, checkpoints.folder
     began = time.perf_counter()
-    data, pool = read_inputs(request.loaded, folder.quarantine if world.rank == 0 else None)
-    zero_stage = resolved_zero_stage(recipe)
-    config = mixer_config(recipe, data.expert_names(recipe), pool)
-    plan = plan_run(request.loaded, config, data, zero_stage, world, request.ds_path)
-    base = load_base(recipe.base, packing=recipe.data.packing, zero3=zero_stage == 3)
-    if zero_stage != 3:
-        base.model.to(world.device)  # type: ignore[arg-type]
-    mixture = attach_mixers(base.model, config, place_experts(plan, world))
-    if pool is not None:
-        fill_experts(mixture, pool)
+    data, pool = read_inputs(loaded, folder.quarantine if world.rank == 0 else None)
     _check_same_data(world, data)
-    once(world, lambda: claim_run_folder(request.loaded))
+    experts = data.expert_names(recipe)
+    config = mixer_config(recipe, experts, pool)
+    tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision)
+    tokens = {n: stage_data(loaded, n, data, experts, tokenizer, world) for n in _enabled(recipe)}
+    slots = tokens[1].sampler.slots if 1 in tokens else None
+    plan = plan_run(loaded, config, slots, world, request.ds_path)
+    base = load_base(recipe.base, packing=recipe.data.packing, zero3=plan.zero_stage == 3)
+    if plan.zero_stage != 3:
+        base.model.to(world.device)  # type: ignore[arg-type]
+    planned = with_zero_stage(loaded, plan.zero_stage)
+    placement = place_experts(plan, world)
+    settle = settle_weights(planned, config, placement, pool, world, request.ds_path)
+    mixture = attach_mixers(base.model, config, placement, settle)
+    once(world, lambda: _claim(taken, checkpoints, lock))
     counts = count_weights(mixture)
     once(world, lambda: write_json(folder.plan, plan.to_dict()))
     if plan.chosen.fits is False:
         _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
-    _announce(world, data, mixture, counts, zero_stage, time.perf_counter() - began)
-    state = RunState(request.loaded, folder, world, mixture, data, stop_request, request.ds_path)
-    return state, base
+    _announce(world, data, mixture, counts, plan, time.perf_counter() - began)
+    state = RunState(planned, taken, checkpoints, world, mixture, data, stop_request, request.ds_path)
+    size = plan.expert_parallel_size
+    return state, base, {n: replace(stage, expert_parallel_size=size) for n, stage in tokens.items()}
+
+
+def _lock_begun(folder: RunFolder, lock: RunLock) -> None:
+    """Take the lock of a run that is under way. On rank 0; a new run takes it when it makes its folder."""
+    if folder.path.is_dir() and not folder.finished():
+        lock.take()
+
+
+def _claim(taken: TakeUp, checkpoints: Checkpoints, lock: RunLock) -> None:
+    """Write down what this start changes in the run folder, and say it. On rank 0."""
+    lock.take()
+    claim_run_folder(taken.asked)
+    for line in told(taken, checkpoints.world.size):
+        print(line, flush=True)
+    carry_out(taken, checkpoints)
 
 
 def mixer_config(recipe: Recipe, experts: Sequence[str], pool: Pool | None) -> MixerConfig:
@@ -203,7 +273,7 @@ def _check_same_data(world: World, data: RunData) -> None:
 
 
 def _announce(
-    world: World, data: RunData, mixture: Mixture, counts: WeightCounts, zero_stage: int, seconds: float
+    world: World, data: RunData, mixture: Mixture, counts: WeightCounts, plan: Plan, seconds: float
 ) -> None:
     if data.num_skipped:
         _say(world, f"{data.num_skipped:,} bad records skipped, see quarantine.jsonl in the run folder")
@@ -214,38 +284,17 @@ def _announce(
         f"{len(data.domains)} domains with {examples:,} train examples ({len(data.router_examples):,} more "
         f"kept for the routers); {len(mixture.expert_names)} experts on {len(mixture.mixers)} projections: "
         f"{counts.experts:,} expert and {counts.routers:,} router weights beside {counts.base:,} of the "
-        f"base ({100 * (counts.experts + counts.routers) / total:.3f} % of all); ZeRO {zero_stage} on "
-        f"{world.size} rank{'s' * (world.size > 1)} ({world.device.type}); ready after {seconds:.0f} s",
+        f"base ({100 * (counts.experts + counts.routers) / total:.3f} % of all); {plan.mode} with ZeRO "
+        f"{plan.zero_stage} on {world.size} rank{'s' * (world.size > 1)} ({world.device.type}); ready after "
+        f"{seconds:.0f} s",
     )
-
-
-def _one_stage(state: RunState, base: LoadedBase, number: int, accumulation: int) -> StageEngine:
-    recipe = state.loaded.recipe
-    if number == 2:
-        _take_stage_one(state)
-    domains = state.data.domains
-    examples: list[Example] = state.data.router_examples
-    if number == 1:
-        examples = [example for domain in domains for example in domain.train]
-    stage = state.loaded.stage(f"stage{number}")
-    data: StageData = stage_data(
-        recipe,
-        stage,
-        examples,
-        domains,
-        base.tokenizer,
-        state.world,
-        accumulation,
-        weighted=number == 1,
-    )
-    return run_stage(state, number, data)
 
 
 def _take_stage_one(state: RunState) -> None:
     """The experts that stage one made, where this process has not just trained them itself."""
-    if not state.loaded.recipe.stage1.enabled:
+    if _has_all_of_stage_two(state):
         return
-    checkpoint = state.find_checkpoint(1)
-    assert checkpoint is not None and checkpoint.state.finished
-    if not hasattr(next(state.mixture.expert_parameters())[1], "ds_id"):
-        load_weights(state.mixture, checkpoint.group("weights"))
+    saved = state.checkpoints.open(1)
+    assert saved is not None
+    check_fits(saved, state.mixture, list(state.mixture.expert_parameters()))
+    load_weights(state.mixture, saved)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+from dsmixer.checkpoint.atomic import write_text
 from dsmixer.config.errors import UserError
-from dsmixer.config.recipe import LoadedRecipe, dump_recipe, resolved_differences
+from dsmixer.config.recipe import LoadedRecipe, dump_recipe
 
 SHOWN = 8
 LEAST_FREE_BYTES = 2**20
@@ -54,6 +55,10 @@ class RunFolder:
     def quarantine(self) -> Path:
         return self.path / "quarantine.jsonl"
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
     def checkpoints(self, stage: int) -> Path:
         return self.path / "checkpoints" / f"stage{stage}"
 
@@ -69,19 +74,19 @@ class RunFolder:
 def find_run_folder(loaded: LoadedRecipe) -> RunFolder:
     """The run folder of a recipe, if the recipe may use it; nothing is written.
 
+    Whether a run that is in it is the recipe's own is for ``training.resume`` to say.
+
     Raises:
-        UserError: the folder holds something else, or a run of another configuration, or can't be made.
+        UserError: the folder holds something else, or can't be made.
     """
     run = loaded.recipe.run
     folder = RunFolder(Path(run.dir) / run.name)
     _check_disk(folder.path)
     if folder.config.is_file():
-        differences = resolved_differences(folder.config.read_text(encoding="utf-8"), loaded.recipe)
-        if differences:
-            _refuse_other_run(folder, differences)
         return folder
-    # a start that failed on bad records leaves the list of them, and nothing else
-    if folder.path.is_dir() and any(path != folder.quarantine for path in folder.path.iterdir()):
+    # a start that failed on bad records leaves the list of them, one that was killed its lock; nothing else
+    ours = (folder.quarantine, folder.lock)
+    if folder.path.is_dir() and any(path not in ours for path in folder.path.iterdir()):
         raise UserError(
             "this folder is not empty and holds no run (there is no config.yaml)",
             where=str(folder.path),
@@ -103,7 +108,7 @@ def claim_run_folder(loaded: LoadedRecipe) -> None:
     folder = find_run_folder(loaded)
     if not folder.config.is_file():
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.config, dump_recipe(loaded.recipe))
+        write_text(folder.config, dump_recipe(loaded.recipe))
 
 
 def _check_disk(path: Path) -> None:
@@ -123,31 +128,18 @@ def _check_disk(path: Path) -> None:
         raise UserError(f"no space left for a run: {free:,} bytes are free", where=str(there), fix=fix)
 
 
-def _refuse_other_run(folder: RunFolder, differences: list[str]) -> None:
+def refuse_other_run(where: Path, differences: Sequence[str]) -> NoReturn:
+    """Refuse a recipe that would change the mathematics of the run in its folder.
+
+    Args:
+        where: the run's ``config.yaml``, or the checkpoint that was saved under another configuration.
+        differences: each with its key.
+    """
     more = len(differences) - SHOWN
     listed = "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
     raise UserError(
         f"a run of another configuration is in this folder: {listed}",
-        where=str(folder.config),
-        fix="choose another run.name, or give the recipe the values of the run; nothing there was touched",
+        where=str(where),
+        fix="choose another run.name, give the recipe the values of the run, or go on with these by "
+        "--allow-changes; nothing there was touched",
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or the file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.part")
-    try:
-        with building.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        building.unlink(missing_ok=True)
-        raise
-    os.replace(building, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, whole or not at all."""
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

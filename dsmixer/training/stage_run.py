@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from dsmixer.checkpoint.publish import save_checkpoint
-from dsmixer.checkpoint.restore import newest_checkpoint, read_checkpoint
-from dsmixer.checkpoint.schema import Checkpoint
+from dsmixer.checkpoint.publish import list_checkpoints
+from dsmixer.checkpoint.restore import SavedCheckpoint
+from dsmixer.checkpoint.retention import Retention
+from dsmixer.checkpoint.schema import step_name, step_of
+from dsmixer.config.changes import rows_asked
 from dsmixer.config.ds_json import deepspeed_config
-from dsmixer.config.recipe import LoadedRecipe
+from dsmixer.config.recipe import STAGES, LoadedRecipe, dump_recipe
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.model.inject import Mixture
+from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, StageData
 from dsmixer.training.engine import StageEngine, start_engine
 from dsmixer.training.health import Stopped, StopRequest
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.metrics import MetricsLog, routing_metrics
+from dsmixer.training.nonfinite import NonFinitePolicy
 from dsmixer.training.optimizer import AdamSettings
 from dsmixer.training.progress import Progress
+from dsmixer.training.pulse import Pulse
+from dsmixer.training.resume import TakeUp
 from dsmixer.training.run_folder import RunFolder
-from dsmixer.training.saving import load_weights, restore_optimizer, snapshot
+from dsmixer.training.saving import (
+    Save,
+    SaveError,
+    check_fits,
+    load_weights,
+    restore_optimizer,
+    save_checkpoint,
+)
 from dsmixer.training.stages import HardStage, SoftStage, Stage, expert_lookup
+from dsmixer.training.symptoms import Symptoms
 from dsmixer.training.tensorboard import TensorBoardLog
-from dsmixer.training.world import World, once
+from dsmixer.training.world import World, gather_objects, once
 
 
 @dataclass
@@ -34,22 +50,36 @@ class RunState:
     """What the stages of a run share."""
 
     loaded: LoadedRecipe
-    folder: RunFolder
+    taken: TakeUp
+    checkpoints: Checkpoints
     world: World
     mixture: Mixture
     data: RunData
     stop_request: StopRequest
     ds_path: str | None = None
+    pulse: Pulse = field(default_factory=Pulse)
+    nonfinite: NonFinitePolicy = field(default_factory=NonFinitePolicy)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Of the run."""
+        return self.checkpoints.folder
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Global batch of each enabled stage."""
+        enabled = [name for name in STAGES if self.loaded.stage(name).enabled]
+        return {name: rows_asked(self.loaded, name, self.world.size) for name in enabled}
 
     def say(self, text: str) -> None:
         """A line on rank 0."""
         if self.world.rank == 0:
             print(text, flush=True)
 
-    def find_checkpoint(self, stage: int) -> Checkpoint | None:
-        """The newest whole checkpoint of a stage, the same on every rank."""
-        path = once(self.world, lambda: newest_checkpoint(self.folder.checkpoints(stage), self.say))
-        return None if path is None else read_checkpoint(path)
+    def warn(self, text: str) -> None:
+        """A line on rank 0, on standard error."""
+        if self.world.rank == 0:
+            print(f"dsmixer: warning: {text}", file=sys.stderr, flush=True)
 
 
 def adam_settings(config: StageConfig) -> AdamSettings:
@@ -70,8 +100,17 @@ def make_stage(state: RunState, number: int, data: StageData, usage: torch.Tenso
     recipe, mixture, device = state.loaded.recipe, state.mixture, state.world.device
     num_experts = len(mixture.expert_names)
     if number == 1:
-        experts = expert_lookup(state.data.expert_of_domain(mixture.expert_names), device)
-        return HardStage(recipe.stage1, data.sampler.num_steps, num_experts, experts)
+        of_domain = state.data.expert_of_domain(mixture.expert_names)
+        place_of = {expert: place for place, expert in enumerate(mixture.placement.layout.local)}
+        places = [place_of.get(expert, -1) for expert in of_domain]
+        return HardStage(
+            recipe.stage1,
+            data.sampler.num_steps,
+            num_experts,
+            expert_lookup(of_domain, device),
+            expert_lookup(places, device),
+            len(place_of),
+        )
     if usage is None:
         usage = torch.full((len(mixture.routers), num_experts), 1.0 / num_experts)
     return SoftStage(
@@ -91,20 +130,23 @@ def run_stage(state: RunState, number: int, data: StageData) -> StageEngine:
     Raises:
         Stopped: after a signal, saved.
         NonFiniteError: a loss or gradient was not finite; nothing was updated with it.
+        SaveError: the end of the stage, or the step at which a signal stopped it, could not be saved.
+        UserError: the checkpoint does not fit the recipe.
     """
     loaded, mixture = state.loaded, state.mixture
     config = loaded.stage(f"stage{number}")
-    checkpoint = state.find_checkpoint(number)
-    if checkpoint is not None:
-        load_weights(mixture, checkpoint.group("weights"))
+    saved = state.checkpoints.open(number)
+    if saved is not None:
+        check_fits(saved, mixture, trainable(mixture, config))
+        load_weights(mixture, saved)
     ds_config = deepspeed_config(loaded, config, state.world.size, state.ds_path)
     engine = start_engine(mixture, trainable(mixture, config), adam_settings(config), ds_config)
     start, usage = 0, None
-    if checkpoint is not None:
-        restore_optimizer(engine, checkpoint)
-        start, usage = data.sampler.check(checkpoint.state.cursor), checkpoint.tensors.get("usage")
+    if saved is not None:
+        start, usage = _go_on(state, engine, saved, data), saved.small("usage")
     elif isinstance(config, Stage2Config) and config.experts == "preserve":
         engine.optimizer.hold_origin()
+    once(state.world, lambda: _set_damaged_aside(state, number, start))
     stage = make_stage(state, number, data, usage)
     loop = Loop(
         world=state.world,
@@ -115,10 +157,32 @@ def run_stage(state: RunState, number: int, data: StageData) -> StageEngine:
         stop_request=state.stop_request,
         seed=loaded.recipe.run.seed,
         flat_rows=_attention_of(mixture.model).startswith("flash"),
+        nonfinite=state.nonfinite,
+        pulse=state.pulse,
     )
     if start < stage.num_steps:
-        _StageLog(state, stage, data).run(loop, start)
+        _StageLog(state, stage, data, saved_step=start or None).run(loop, start)
     return engine
+
+
+def _go_on(state: RunState, engine: StageEngine, saved: SavedCheckpoint, data: StageData) -> int:
+    """Moments and counts of a checkpoint; the step to go on with."""
+    restore_optimizer(engine, saved)
+    then, size = saved.state.layout, state.world.size
+    start = data.sampler.check(saved.state.cursor, may_differ=state.taken.allow_changes)
+    there = f"{then['ranks']}, ZeRO {then['zero_stage']}, EP {then['expert_parallel_size']}"
+    here = f"{size}, EP {state.mixture.placement.layout.size}"
+    state.say(
+        f"stage {saved.state.stage} goes on after step {start} of {data.sampler.num_steps} "
+        f"({saved.path.name}; ranks then: {there}; ranks now: {here})"
+    )
+    return start
+
+
+def _set_damaged_aside(state: RunState, number: int, start: int) -> None:
+    """What a stage has past the step that it goes on from was passed over as damaged."""
+    paths = list_checkpoints(state.folder.checkpoints(number))
+    state.checkpoints.set_aside([path for path in paths if step_of(path.name) > start])
 
 
 def _attention_of(model: nn.Module) -> str:
@@ -132,15 +196,25 @@ class _StageLog:
     state: RunState
     stage: Stage
     data: StageData
+    losses: list[float] = field(default_factory=list)
+    saved_step: int | None = None
 
     def run(self, loop: Loop, start: int) -> None:
         mixture = self.state.mixture
         mixture.model.train()
-        with mixture.context.routed(self.stage.routing), self._progress(start) as progress:
+        health, routers = self.state.loaded.recipe.health, list(mixture.routers)
+        symptoms = Symptoms(health, mixture.expert_names, routers)
+        with (
+            self.state.pulse.inside(self.stage.number),
+            mixture.context.routed(self.stage.routing),
+            self._progress(start) as progress,
+        ):
             with _logs(self.state, self.stage, start) as logs:
                 for step in range(start, self.stage.num_steps):
                     report = loop.run_step(step)
                     logs.write(report)
+                    for text in symptoms.look(report) if self.state.world.rank == 0 else ():
+                        self.state.warn(text)
                     rate = report.tokens / report.seconds
                     progress.update(report.step, loss=report.loss, tokens_per_second=rate)
                     self._save_where_due(loop, report)
@@ -156,24 +230,54 @@ class _StageLog:
         )
 
     def _save_where_due(self, loop: Loop, report: StepReport) -> None:
+        if math.isfinite(report.loss):
+            self.losses.append(report.loss)
         last = report.step == self.stage.num_steps
         if last or report.stop or report.step % self.state.loaded.recipe.checkpoint.every == 0:
-            self._save(loop, report.step)
+            self._save(loop, report.step, needed=last or report.stop)
         if report.stop:
             raise Stopped(f"stopped after step {report.step} of stage {self.stage.number}, and saved")
 
-    def _save(self, loop: Loop, step: int) -> None:
-        checkpoint = snapshot(
-            loop.engine,
+    def _save(self, loop: Loop, step: int, *, needed: bool) -> None:
+        """Save; without space a step between goes on unsaved, and one after which the run ends or goes into
+        its next stage is refused: nothing that follows could be taken up again."""
+        path = self.state.folder.checkpoints(self.stage.number)
+        checkpoint = self.state.loaded.recipe.checkpoint
+        save = Save(
+            folder=path,
             stage=self.stage.number,
             step=step,
             num_steps=self.stage.num_steps,
+            rows=self.state.rows,
+            loss=sum(self.losses) / len(self.losses) if self.losses else None,
             cursor=self.data.sampler.state(step),
+            config=dump_recipe(self.state.taken.asked.recipe),
             usage=self.stage.usage if isinstance(self.stage, SoftStage) else None,
+            retention=Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best),
         )
-        folder = self.state.folder.checkpoints(self.stage.number)
-        keep = self.state.loaded.recipe.checkpoint.keep
-        once(self.state.world, lambda: save_checkpoint(folder, checkpoint, keep).name)
+        try:
+            with self.state.pulse.saving():
+                save_checkpoint(self.state.world, loop.engine, save)
+        except SaveError as error:
+            problem = f"step {step} of stage {self.stage.number} could not be saved: {error}"
+            if needed:
+                self._refuse(f"{problem}. {self._what_remains()}")
+            self.state.warn(f"{problem}; the run goes on. {self._what_remains()}")
+        else:
+            self.losses.clear()
+            self.saved_step = step
+
+    def _refuse(self, problem: str) -> NoReturn:
+        """Said before any rank leaves: the launcher ends the others as soon as one has."""
+        if self.state.world.rank == 0:
+            print(f"dsmixer: error: {problem}", file=sys.stderr, flush=True)
+        gather_objects(self.state.world, None)
+        raise SaveError(problem)
+
+    def _what_remains(self) -> str:
+        if self.saved_step is None:
+            return "Nothing is lost that was saved before; make room and run the same command again"
+        return f"{step_name(self.saved_step)} is whole; make room and run the same command again"
 
 
 @dataclass
@@ -204,6 +308,7 @@ class _Logs:
             "learning_rate": report.learning_rate,
             "router_learning_rate": report.router_learning_rate,
             "grad_norm": report.grad_norm,
+            "skipped": int(report.skipped),
             "tokens": report.tokens,
             "target_tokens": report.target_tokens,
             "seconds": report.seconds,

@@ -45,6 +45,9 @@ class Stage(Protocol):
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         """The optimizer step, from the reduced statistics."""
 
+    def forget_step(self) -> None:
+        """Take back what ``plan`` has kept of the step, which is skipped."""
+
 
 def expert_lookup(expert_of_domain: Sequence[int], device: torch.device) -> torch.Tensor:
     """Expert of each domain, with -1 at the end, so that index -1 (padding) finds it."""
@@ -60,25 +63,40 @@ def _rates(config: StageConfig, step: int, num_steps: int) -> float:
 class HardStage:
     """Stage one: each token goes to its domain's expert with weight 1.
 
-    An expert's gradient is the mean over its own target tokens of the step.
+    An expert's gradient is the mean over its own target tokens of the step. The sampler has brought every
+    token to a rank that holds its expert.
+
+    ``expert_of_domain`` is the expert in the pool, ``place_of_domain`` its place among the ``num_here`` of
+    this rank; both as ``expert_lookup`` makes them.
     """
 
     config: StageConfig
     num_steps: int
     num_experts: int
     expert_of_domain: torch.Tensor
+    place_of_domain: torch.Tensor
+    num_here: int
     number: int = 1
     routing: Routing = field(default_factory=lambda: Routing(mode="hard"))
     _targets_E: torch.Tensor = field(init=False)
 
     def start_step(self, step: int, batch: StepBatch) -> RoutingStatistics | None:
+        self._check_homes(batch)
         experts = self.expert_of_domain[:-1].cpu()
         self._targets_E = torch.zeros(self.num_experts, dtype=torch.int64)
         self._targets_E.index_add_(0, experts, batch.target_tokens)
         return None
 
+    def _check_homes(self, batch: StepBatch) -> None:
+        places = self.place_of_domain.cpu()
+        for micro in batch.micro_batches:
+            domains = micro.domain_ids.unique()
+            lost = domains[(places[domains] < 0) & (domains >= 0)]
+            assert not len(lost), f"domains {lost.tolist()} on a rank without their experts"
+
     def batch_routing(self, micro: MicroBatch) -> BatchRouting:
-        return BatchRouting(expert_ids_T=self.expert_of_domain[micro.domain_ids].flatten())
+        places_T = self.place_of_domain[micro.domain_ids].flatten()
+        return BatchRouting(expert_ids_T=places_T, num_here=self.num_here)
 
     def token_weights(self, micro: MicroBatch) -> torch.Tensor | float:
         return per_expert_weights(self.expert_of_domain[micro.domain_ids], self._targets_E)
@@ -90,6 +108,9 @@ class HardStage:
         rate = _rates(self.config, step, self.num_steps)
         reached_U = torch.cat((self._targets_E > 0, torch.tensor([False])))
         return StepPlan(rate, 0.0, reached_U)
+
+    def forget_step(self) -> None:
+        pass
 
 
 @dataclass
@@ -111,6 +132,7 @@ class SoftStage:
     _step: int = 0
     _num_targets: int = 0
     _num_tokens: int = 0
+    _usage_before: torch.Tensor | None = None
 
     @property
     def loss(self) -> RoutingSpecializationLoss:
@@ -157,7 +179,7 @@ class SoftStage:
 
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         assert statistics is not None
-        self.usage = statistics.usage(self.config.rsl.usage).clone()
+        self._usage_before, self.usage = self.usage, statistics.usage(self.config.rsl.usage).clone()
         rate = _rates(self.config, step, self.num_steps)
         router_peak = self.config.router_learning_rate or self.config.learning_rate
         reached_E = statistics.chosen_ME.sum(0).cpu() > 0
@@ -169,6 +191,10 @@ class SoftStage:
             reached=torch.cat((reached_E, torch.tensor([True]))),
             preserve_beta=self._preserve_beta(),
         )
+
+    def forget_step(self) -> None:
+        if self._usage_before is not None:
+            self.usage = self._usage_before
 
     def _preserve_beta(self) -> torch.Tensor | None:
         preserve = self.config.preserve

@@ -6,11 +6,12 @@ import atexit
 import contextlib
 import io
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,15 @@ import torch.distributed as dist
 from dsmixer.config.errors import UserError, from_os_error
 
 Result = TypeVar("Result")
+
+BUFFER = "deepspeed_allreduce_buffer_"
+"""How DeepSpeed names its files in shared memory."""
+
+BUFFER_AGE = 60.0
+"""Seconds after which a buffer that no process maps is taken for forgotten."""
+
+LONGEST_WORK = timedelta(hours=12)
+"""How long ranks wait for one of them that downloads or tokenises for its node."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,22 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def node_rank() -> int:
+    """Which node this rank is on, from 0, as DeepSpeed's launcher or torchrun has set it."""
+    return int(os.environ.get("CROSS_RANK", os.environ.get("GROUP_RANK", "0")))
+
+
+def is_first_on_node() -> bool:
+    """Whether this is the one rank of its node that does what a node does once."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def join_world(timeout_seconds: float) -> World:
-    """Initialise torch.distributed through DeepSpeed: NCCL on GPUs, gloo on CPUs."""
+    """Initialise torch.distributed through DeepSpeed: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        UserError: the ranks did not find each other within the time.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -52,28 +76,44 @@ def join_world(timeout_seconds: float) -> World:
     if not dist.is_initialized():
         if on_cpu:
             _prepare_shared_memory_op(local_rank)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of an op it has built
-            deepspeed.init_distributed(
-                dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-                timeout=timedelta(seconds=timeout_seconds),
-                verbose=False,
-            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of an op it has built
+                deepspeed.init_distributed(
+                    dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+                    timeout=timedelta(seconds=timeout_seconds),
+                    verbose=False,
+                )
+        except dist.DistError as error:
+            raise _apart(error, rank, size) from error
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
     return World(rank, size, device)
+
+
+def _apart(error: Exception, rank: int, size: int) -> UserError:
+    """What it means that the processes of a run could not find each other."""
+    reason = str(error).split("\n")[0].split("Exception raised from")[0].strip()
+    return UserError(
+        f"the {size} ranks did not come together (rank {rank}: {reason})",
+        where=f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}",
+        fix="start one launcher on every node, each with its own --node_rank and all with the same hostfile, "
+        "--master_addr (of node 0) and --master_port, which has to be free there and open between the nodes",
+    )
 
 
 def _prepare_shared_memory_op(local_rank: int) -> None:
     """Make up for what DeepSpeed's collectives between CPU processes leave behind.
 
     A process killed while it built the op leaves a lock that every later start would wait on forever; and
-    each rank's buffer of 69 MB in shared memory is never removed.
+    each rank's buffer of 69 MB in shared memory is never removed: not at its end, nor after it was killed.
     """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(folder).glob("**/deepspeed_shm_comm/lock"):
         if local_rank == 0 and not _is_open(lock):
             lock.unlink(missing_ok=True)
+    if local_rank == 0:
+        _remove_forgotten_buffers()
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    atexit.register(_remove_buffers, f"deepspeed_allreduce_buffer_*_{address}_{port}_{local_rank}")
+    atexit.register(_remove_buffers, f"{BUFFER}*_{address}_{port}_{local_rank}")
 
 
 def _is_open(path: Path) -> bool:
@@ -91,6 +131,31 @@ def _remove_buffers(pattern: str) -> None:
         buffer.unlink(missing_ok=True)
 
 
+def _remove_forgotten_buffers() -> None:
+    """Remove buffers of this user that no process has in its memory; new ones may be about to be mapped."""
+    buffers = [path for path in Path("/dev/shm").glob(f"{BUFFER}*") if _is_forgotten(path)]
+    if not buffers:
+        return
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            mapped |= {line.split()[-1] for line in maps.read_text().splitlines() if BUFFER in line}
+    for buffer in buffers:
+        if str(buffer) not in mapped:
+            buffer.unlink(missing_ok=True)
+
+
+def _is_forgotten(buffer: Path) -> bool:
+    with contextlib.suppress(OSError):
+        found = buffer.stat()
+        return found.st_uid == os.getuid() and time.time() - found.st_mtime > BUFFER_AGE
+    return False
+
+
+Failure = tuple[str, str | None, str | None]
+"""A ``UserError`` on its way to other ranks: problem, where, fix."""
+
+
 def once(world: World, work: Callable[[], Result]) -> Result:
     """Run ``work`` on rank 0 and give its result to every rank; its ``UserError`` too, so that none waits.
 
@@ -98,20 +163,63 @@ def once(world: World, work: Callable[[], Result]) -> Result:
     """
     outcome: list[Any] = [None, None]
     if world.rank == 0:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = (error.problem, error.where, error.fix)
-        except OSError as error:
-            refused = from_os_error(error)
-            outcome[1] = (refused.problem, refused.where, refused.fix)
+        outcome = list(_caught(work))
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        problem, where, fix = outcome[1]
-        raise UserError(problem, where=where, fix=fix)
+    _raise_failure(outcome[1])
     result: Result = outcome[0]
     return result
+
+
+def first_on_node(
+    world: World, work: Callable[[], Result], others: Callable[[], Result] | None = None
+) -> Result:
+    """Run ``work`` on one rank of each node, and on the others of the node only when that is done.
+
+    For what a node should do once and its ranks share: a download, the making of a cache. The wait is not
+    bound by ``health.hang_timeout``. A ``UserError`` of any node's first rank reaches every rank.
+
+    Args:
+        world: the ranks.
+        work: what the first rank of each node does.
+        others: what the others do afterwards; None: the same.
+    """
+    if world.size == 1:
+        return work()
+    first = is_first_on_node()
+    result, failure = _caught(work) if first else (None, None)
+    for failed in _gather_patiently(world, failure):
+        _raise_failure(failed)
+    if first:
+        return cast(Result, result)
+    return (others or work)()
+
+
+def _caught(work: Callable[[], Result]) -> tuple[Result | None, Failure | None]:
+    """The work's result, or the mistake that it met."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, (error.problem, error.where, error.fix)
+    except OSError as error:
+        refused = from_os_error(error)
+        return None, (refused.problem, refused.where, refused.fix)
+
+
+def _raise_failure(failure: Failure | None) -> None:
+    if failure is not None:
+        problem, where, fix = failure
+        raise UserError(problem, where=where, fix=fix)
+
+
+def _gather_patiently(world: World, value: Result) -> list[Result]:
+    """As ``gather_objects``, but a rank may take hours to come."""
+    group = dist.new_group(timeout=LONGEST_WORK)
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=group)
+    gather_objects(world, None)  # nobody leaves the group while another is still in it
+    dist.destroy_process_group(group)
+    return values
 
 
 def gather_objects(world: World, value: Result) -> list[Result]:

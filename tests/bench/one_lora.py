@@ -22,7 +22,6 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from dsmixer.config.batch import check_world
 from dsmixer.config.recipe import LoadedRecipe, load_recipe
 from dsmixer.data.collate import MicroBatch
 from dsmixer.data.encode import pad_token_id
@@ -80,21 +79,8 @@ def one_lora(loaded: LoadedRecipe, data: RunData, base: LoadedBase) -> tuple[tor
 
 def stage_rows(loaded: LoadedRecipe, data: RunData, base: LoadedBase, number: int) -> StageData:
     """The rows of a stage as one process sees them: all of each step."""
-    stage = loaded.stage(f"stage{number}")
-    accumulation = check_world(loaded, 1)[f"stage{number}"]
-    examples = data.router_examples
-    if number == 1:
-        examples = [example for domain in data.domains for example in domain.train]
-    return stage_data(
-        loaded.recipe,
-        stage,
-        examples,
-        data.domains,
-        base.tokenizer,
-        World(0, 1, torch.device("cpu")),
-        accumulation,
-        weighted=number == 1,
-    )
+    experts = data.expert_names(loaded.recipe)
+    return stage_data(loaded, number, data, experts, base.tokenizer, World(0, 1, torch.device("cpu")))
 
 
 def train_on(model: torch.nn.Module, loaded: LoadedRecipe, number: int, data: StageData) -> int:

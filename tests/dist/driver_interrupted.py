@@ -21,9 +21,9 @@ from dsmixer.cli.train import main
 def run() -> int:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     codes, kind, stage, step, *rest = arguments
-    if kind == "SAVE":
+    if kind == "SAVE" and os.environ["RANK"] == "0":
         kill_while_saving(int(stage), int(step))
-    else:
+    elif kind != "SAVE":
         number = signal.SIGTERM if kind == "TERM" else signal.SIGKILL
         interrupt_steps([[int(stage), int(step)]], number)
     code = main(rest)

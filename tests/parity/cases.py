@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 LONG = os.environ.get("DSMIXER_LONG") == "1"
 """Whether the whole matrix runs: minutes more, by hand."""
 
+SMALL_GATHERS = Path(__file__).with_name("small_gathers.json")
+SMALL_BUCKET = Path(__file__).with_name("small_bucket.json")
 COPIES = 8
 IDLE_EXPERTS = [f"{domain}{i}" for domain in ("sums", "words", "rare") for i in range(COPIES)]
 
@@ -20,7 +23,8 @@ IDLE_EXPERTS = [f"{domain}{i}" for domain in ("sums", "words", "rare") for i in 
 @dataclass(frozen=True)
 class Case:
     """One run: see ``driver_runs.py``. ``commands``: the stages of each call of ``train``, one after another.
-    ``kind``: ``llama``, ``gpt2``, or ``llama24`` with 24 domains and experts."""
+    ``kind``: ``llama``, ``gpt2``, ``llama24`` with 24 domains and experts, or ``uneven6`` and ``uneven5``
+    with so many, the first of which is larger than all others together."""
 
     name: str
     ranks: int
@@ -37,6 +41,36 @@ def both(**values: object) -> tuple[str, ...]:
 
 def zero(stage: int) -> str:
     return f"deepspeed.zero_stage={stage}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pair of mode and ZeRO stage on W ranks, with EP."""
+
+    ranks: int
+    mode: str
+    zero_stage: int
+    expert_parallel_size: int = 1
+
+    @property
+    def name(self) -> str:
+        ep = f"ep{self.expert_parallel_size}" if self.mode == "tokens" else ""
+        return f"w{self.ranks}_{self.mode}{ep}_z{self.zero_stage}"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        placed = (f"placement.mode={self.mode}", zero(self.zero_stage))
+        return (*placed, f"placement.expert_parallel_size={self.expert_parallel_size}")
+
+
+def layouts(ranks: int) -> list[Layout]:
+    """Every pair that runs on so many ranks, with every EP."""
+    found = [Layout(ranks, "replicate", stage) for stage in range(3)] + [Layout(ranks, "weights", 3)]
+    sizes = [size for size in (2, 4) if size <= ranks]
+    return found + [Layout(ranks, "tokens", stage, ep) for stage in (1, 2, 3) for ep in sizes]
+
+
+PLACED = (*both(max_steps=10),)
 
 
 EVERY_STEP = ("checkpoint.every=1", "checkpoint.keep=100")
@@ -84,9 +118,92 @@ def _short() -> Iterator[Case]:
     yield Case("stopped_z3", 2, (zero(3),), options={"stop_at": [[1, 2], [2, 5]]})
     for fault in ("no_world", "local_counts"):
         yield Case(f"fault_{fault}", 2, (zero(2),), options={"fault": fault})
+    yield from _placed_short()
+    yield from _expert_faults()
+    yield from _resharded()
+    for fault in DISK_FAULTS:
+        yield Case(fault, 2, (zero(2),), options={"fault": fault, "fails": fault == "full_at_the_end"})
     yield Case("hard_oracle", 2, (zero(2), *HARD_ORACLE))
     yield Case("hard_oracle_gpt2", 2, (zero(1), *HARD_ORACLE), kind="gpt2", commands=((1,),))
     yield Case("soft_oracle", 2, (zero(2), *SOFT_ORACLE))
+
+
+def placed(layout: Layout, experts: str = "preserve", num_experts: int = 6) -> Case:
+    """A run of ten steps a stage in a layout; six experts or five, trained on or frozen in stage two."""
+    overrides = (*PLACED, *layout.overrides, f"stage2.experts={experts}")
+    return Case(f"{layout.name}_{experts}{num_experts}", layout.ranks, overrides, kind=f"uneven{num_experts}")
+
+
+def _placed_short() -> Iterator[Case]:
+    for num_experts in (6, 5):
+        yield placed(Layout(1, "replicate", 0), "preserve", num_experts)
+    yield placed(Layout(1, "replicate", 0), "frozen", 6)
+    for stage in (1, 3):
+        yield placed(Layout(2, "tokens", stage, 2), "preserve", 6)
+    yield placed(Layout(4, "tokens", 1, 2), "preserve", 5)
+    yield placed(Layout(4, "tokens", 2, 4), "preserve", 6)
+    yield placed(Layout(4, "tokens", 3, 2), "frozen", 6)
+    yield from _placed_special()
+
+
+def _expert_faults() -> Iterator[Case]:
+    for fault in EXPERT_FAULTS:
+        case = placed(Layout(4, "tokens", 2, 4), "preserve", 6)
+        yield Case(f"fault_{fault}", 4, case.overrides, kind=case.kind, options={"fault": fault})
+
+
+def _placed_special() -> Iterator[Case]:
+    """What a case of the matrix leaves out; ``PLACED_LIKE`` says what it is compared with."""
+    # a bucket that is full after one parameter on one rank and after another on the next
+    small = placed(Layout(4, "tokens", 1, 4))
+    yield replace(
+        small, name="w4_z1_bucket6", overrides=(*small.overrides, f"deepspeed.config={SMALL_BUCKET}")
+    )
+    # weights that ZeRO-3 would gather ahead, or keep, at other moments on ranks with larger banks
+    base = placed(Layout(4, "tokens", 3, 4))
+    yield replace(
+        base, name="w4_z3_gathers6", overrides=(*base.overrides, f"deepspeed.config={SMALL_GATHERS}")
+    )
+    # routers alone train in a process of their own
+    only = placed(Layout(4, "tokens", 2, 2), "frozen")
+    yield replace(only, name="w4_z2_apart6", commands=((1,), (2,)))
+    for layout in (Layout(1, "replicate", 0), Layout(4, "tokens", 1, 2)):
+        block = placed(layout)
+        overrides = (*block.overrides, "mixer.router=per_block", CHECKPOINTED)
+        yield replace(block, name=f"{layout.name}_block6", overrides=overrides)
+
+
+DISK_FAULTS = ("full_between", "full_at_the_end")
+
+SAVED = "saved_w2"
+"""The run whose checkpoints others go on from; its accumulation is written, so that rows have to be kept."""
+ACCUMULATED = both(global_batch_size="null", gradient_accumulation_steps=4)
+RESHARDED = {
+    "reshard_w1": (Layout(1, "replicate", 0), (1, 3), ()),
+    "reshard_w4_ep4_z3": (Layout(4, "tokens", 3, 4), (1, 3), both(micro_batch_size=2)),
+    "reshard_w4_ep2_z1": (Layout(4, "tokens", 1, 2), (2, 3), ()),
+    "reshard_w2_weights": (Layout(2, "weights", 3), (1, 3), ()),
+}
+"""Layout that goes on, after which stage and step of ``SAVED``, and what else changes."""
+
+
+def _resharded() -> Iterator[Case]:
+    saved = (*Layout(2, "tokens", 2, 2).overrides, *ACCUMULATED)
+    yield Case(SAVED, 2, saved, kind="uneven6")
+    for name, (layout, (stage, step), others) in RESHARDED.items():
+        overrides = (*layout.overrides, *ACCUMULATED, *others)
+        options: dict[str, Any] = {"take": [SAVED, stage, step]}
+        if name == "reshard_w1":  # with all that the run has saved, and back
+            options = {"take": [SAVED, 2, 6], "start_from": f"stage{stage}/step-{step:08d}"}
+        yield Case(name, layout.ranks, overrides, kind="uneven6", options=options)
+    changed = {"take": [SAVED, 1, 3], "allow_changes": True}
+    one = (*Layout(1, "replicate", 0).overrides, *ACCUMULATED)
+    yield Case("changed_w1", 1, (*one, *both(learning_rate=1e-3), "run.seed=4"), "uneven6", options=changed)
+
+
+PLACED_LIKE = {"bucket6": "preserve6", "gathers6": "preserve6", "apart6": "frozen6"}
+
+EXPERT_FAULTS = ("owners_apart", "owners_counted_twice", "preserve_times_ep")
 
 
 ROUTINGS = {
@@ -123,9 +240,34 @@ def _long() -> Iterator[Case]:
         yield Case(f"frozen_z{stage}", 2, (zero(stage), "stage2.experts=frozen"))
 
 
+def _placed_long() -> Iterator[Case]:
+    short = {case.name for case in _placed_short()}
+    for ranks in (1, 2, 4):
+        for layout in layouts(ranks):
+            for experts in ("preserve", "frozen"):
+                for num_experts in (6, 5):
+                    case = placed(layout, experts, num_experts)
+                    if case.name not in short:
+                        yield case
+
+
+def placed_cases() -> list[Case]:
+    """Those of ``test_placement`` of this call of pytest, without the faults."""
+    return [*_placed_short(), *(_placed_long() if LONG else ())]
+
+
 def all_cases() -> list[Case]:
     """Those of this call of pytest."""
-    return [*_short(), *(_long() if LONG else ())]
+    cases = [*_short(), *(_long() if LONG else ()), *(_placed_long() if LONG else ())]
+    return [_with_mode(case) for case in cases]
+
+
+def _with_mode(case: Case) -> Case:
+    """A case that names no mode does not spread its experts: the plan's choice is not what it is about."""
+    if any(override.startswith("placement.mode") for override in case.overrides):
+        return case
+    mode = "weights" if zero(3) in case.overrides else "replicate"
+    return replace(case, overrides=(*case.overrides, f"placement.mode={mode}"))
 
 
 def names(prefix: str) -> list[str]:

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from parity.cases import COPIES, all_cases
+from parity.cases import COPIES, LONG, Case, all_cases
 from support.comparing import RunRecord, Tensors
 from support.launching import Launched, launch
 from support.oracles import mixture_of_recipe
-from support.tiny import write_recipe
+from support.tiny import UNEVEN_SIZES, write_recipe
 
 DRIVER = Path(__file__).with_name("driver_runs.py")
 
@@ -26,15 +26,29 @@ class Runs:
             "llama": write_recipe(folder / "llama"),
             "gpt2": write_recipe(folder / "gpt2", "gpt2"),
             "llama24": write_recipe(folder / "llama24", copies=COPIES),
+            "uneven6": write_recipe(folder / "uneven6", sizes=UNEVEN_SIZES),
+            "uneven5": write_recipe(folder / "uneven5", sizes=dict(list(UNEVEN_SIZES.items())[:5])),
         }
-        self._launched: dict[int, Launched] = {}
+        self._launched: dict[tuple[int, bool], Launched] = {}
 
     def __getitem__(self, name: str) -> RunRecord:
         case = self._cases[name]
-        if case.ranks not in self._launched:
-            self._launched[case.ranks] = self._launch(case.ranks)
-        self._launched[case.ranks].check()
+        key = _launch_of(case)
+        if key not in self._launched:
+            for other in self._cases.values():
+                if _launch_of(other) == key and "take" in other.options:
+                    source = other.options["take"][0]
+                    if _launch_of(self._cases[source]) != key:
+                        self[source]  # its checkpoints have to be there
+            self._launched[key] = self._launch(key)
+        self._launched[key].check()
         return RunRecord(self.folder / case.kind / "runs" / name)
+
+    def output(self, name: str) -> str:
+        """What the run has printed."""
+        self[name]
+        text = self._launched[_launch_of(self._cases[name])].output
+        return text.split(f"case {name}\n", 1)[1].split("\ncase ", 1)[0]
 
     def recipe(self, name: str) -> tuple[Path, tuple[str, ...]]:
         """Recipe and overrides of a run."""
@@ -47,16 +61,21 @@ class Runs:
         named = [*mixture.expert_parameters(), *mixture.router_parameters()]
         return {key: parameter.detach().clone() for key, parameter in named}
 
-    def _launch(self, ranks: int) -> Launched:
+    def _launch(self, key: tuple[int, bool]) -> Launched:
         calls = [
             {**asdict(case), **case.options, "recipe": str(self._recipes[case.kind]), "stages": stages}
             for case in self._cases.values()
-            if case.ranks == ranks
+            if _launch_of(case) == key
             for stages in case.commands
         ]
-        path = self.folder / f"cases{ranks}.json"
+        path = self.folder / f"cases{key}.json"
         path.write_text(json.dumps(calls))
-        return launch(DRIVER, [str(path)], ranks=ranks)
+        return launch(DRIVER, [str(path)], ranks=key[0])
+
+
+def _launch_of(case: Case) -> tuple[int, bool]:
+    """Runs with the same key share a launch; of the long form, those of ``test_placement`` have their own."""
+    return case.ranks, LONG and case.kind.startswith("uneven")
 
 
 @pytest.fixture(scope="session")

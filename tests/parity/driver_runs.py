@@ -3,7 +3,10 @@
     deepspeed --num_accelerators W driver_runs.py CASES.json
 
 A case: ``name``, ``recipe``, ``overrides``, ``stages`` ([1, 2]), ``stop_at`` ([[stage, step], ...]: a real
-SIGTERM to the last rank before that step, after which the run is taken up again), ``fault`` (a name below).
+SIGTERM to the last rank before that step, after which the run is taken up again), ``fault`` (a name below),
+``fails`` (whether the fault ends the run once, with which it is taken up again without it), ``take`` ([run,
+stage, step]: go on from a copy of what that run had saved by then), ``start_from`` and ``allow_changes``
+(of the request).
 Instead of a mixture and a report, the end of a run writes what only the live model shows: its trained
 weights in ``live.safetensors``, and ``observed.json``.
 """
@@ -13,7 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import hashlib
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,21 +27,25 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
-from support.faults import interrupt_steps
+from support.faults import FEW_BYTES, interrupt_steps, limit_files
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dsmixer.config.checks import check_recipe
 from dsmixer.config.ds_json import merge_ds_config
-from dsmixer.config.recipe import load_recipe
+from dsmixer.config.recipe import LoadedRecipe, load_recipe
 from dsmixer.data.collate import MicroBatch, StepBatch
 from dsmixer.model.load import LoadedBase
+from dsmixer.placement.groups import unpartitioned
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training import run as run_module
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.health import Stopped
 from dsmixer.training.loop import Loop, StepReport
+from dsmixer.training.optimizer import StepPlan
 from dsmixer.training.run import RunRequest, train
+from dsmixer.training.saving import SaveError
 from dsmixer.training.stage_run import RunState
+from dsmixer.training.world import gather_objects
 
 
 class UnscaledLoop(Loop):
@@ -62,7 +72,68 @@ class LocalCountsLoop(Loop):
         return dataclasses.replace(batch, target_tokens=counts * self.world.size)
 
 
-LOOPS: dict[str | None, type[Loop]] = {None: Loop, "no_world": UnscaledLoop, "local_counts": LocalCountsLoop}
+class OwnersApartLoop(Loop):
+    """The fault that owners of one expert do not add up their gradients."""
+
+    def run_step(self, step: int) -> StepReport:
+        self.engine.shared.add_up = lambda grads: None  # type: ignore[method-assign]
+        return Loop.run_step(self, step)
+
+
+class CountedTwiceLoop(Loop):
+    """The fault that every owner of an expert adds its gradient to the expert's norm."""
+
+    def run_step(self, step: int) -> StepReport:
+        self.engine.optimizer.counted_U.fill_(1.0)
+        return Loop.run_step(self, step)
+
+
+class PreserveScaledLoop(Loop):
+    """The fault that the preserve term is added once for each rank of a group instead of once."""
+
+    def _update(
+        self, step: int, statistics: RoutingStatistics | None
+    ) -> tuple[float, torch.Tensor, StepPlan]:
+        stage, size = self.stage, self.engine.mixture.placement.layout.size
+
+        class Scaled:
+            """The stage, with another beta."""
+
+            def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
+                plan = stage.plan(step, statistics)
+                beta = plan.preserve_beta
+                return dataclasses.replace(plan, preserve_beta=None if beta is None else beta * size)
+
+        return Loop._update(dataclasses.replace(self, stage=Scaled()), step, statistics)  # type: ignore[arg-type]
+
+
+class FullDiskLoop(Loop):
+    """The fault that the last rank cannot write a file of more than a few bytes in one step of stage one."""
+
+    step = 3
+
+    def run_step(self, step: int) -> StepReport:
+        here = self.stage.number == 1 and self.world.rank == self.world.size - 1
+        limit_files(FEW_BYTES if here and step + 1 == self.step else None)
+        return Loop.run_step(self, step)
+
+
+class FullAtTheEndLoop(FullDiskLoop):
+    """The same in the stage's last step."""
+
+    step = 6
+
+
+LOOPS: dict[str | None, type[Loop]] = {
+    None: Loop,
+    "no_world": UnscaledLoop,
+    "local_counts": LocalCountsLoop,
+    "owners_apart": OwnersApartLoop,
+    "owners_counted_twice": CountedTwiceLoop,
+    "preserve_times_ep": PreserveScaledLoop,
+    "full_between": FullDiskLoop,
+    "full_at_the_end": FullAtTheEndLoop,
+}
 
 
 def observe(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
@@ -85,10 +156,57 @@ def observe(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
         elif (original := saved.get(name.replace(".base.", "."))) is not None:
             facts["frozen" if torch.equal(whole, original.to(whole.dtype)) else "frozen_changed"].append(name)
     engine.release()
+    facts["owners_apart"] = _owners_apart(state)
     if state.world.rank == 0:
         save_file(live, state.folder.path / "live.safetensors")
         text = json.dumps({key: sorted(value) for key, value in facts.items()})
         (state.folder.path / "observed.json").write_text(text)
+
+
+def _owners_apart(state: RunState) -> list[str]:
+    """Experts with several owners whose weights are not the same in every bit at all of them."""
+    layout = state.mixture.placement.layout
+    own: dict[int, str] = {}
+    for expert in layout.several:
+        if expert in layout.local:
+            digest = hashlib.sha256()
+            for _, parameter in state.mixture.expert_parameters():
+                whole = unpartitioned(parameter)[layout.local.index(expert)]
+                digest.update(whole.cpu().numpy().tobytes())
+            own[expert] = digest.hexdigest()
+        else:
+            for _, parameter in state.mixture.expert_parameters():
+                unpartitioned(parameter)
+    seen: dict[int, set[str]] = {}
+    for of_rank in gather_objects(state.world, own):
+        for expert, digest_of in of_rank.items():
+            seen.setdefault(expert, set()).add(digest_of)
+    return [state.mixture.expert_names[e] for e, digests in seen.items() if len(digests) > 1]
+
+
+def take_copy(runs: Path, name: str, source: str, stage: int, step: int) -> None:
+    """A run folder as that of ``source`` was after this step. Rank 0 copies before it looks for the run."""
+    if os.environ["RANK"] != "0":
+        return
+    for path in sorted((runs / source).glob("checkpoints/stage*/step-*")):
+        of_stage, at = int(path.parent.name[-1]), int(path.name.split("-")[1])
+        if (of_stage, at) <= (stage, step):
+            shutil.copytree(path, runs / name / path.relative_to(runs / source))
+    for file in ("config.yaml", "metrics.jsonl"):
+        shutil.copy2(runs / source / file, runs / name / file)
+
+
+def expect_failure(loaded: LoadedRecipe, name: str) -> None:
+    """The fault ends the run; afterwards the disk has room again."""
+    unset_hf_deepspeed_config()
+    try:
+        train(RunRequest(loaded))
+    except SaveError:
+        limit_files(None)
+        interrupt_steps([], signal.SIGTERM)
+        gc.collect()
+        return
+    raise AssertionError(f"{name}: nothing failed")
 
 
 def run_case(case: dict[str, Any]) -> None:
@@ -98,10 +216,15 @@ def run_case(case: dict[str, Any]) -> None:
     loaded, _ = merge_ds_config(loaded)
     check_recipe(loaded)
     interrupt_steps(pending, signal.SIGTERM, LOOPS[case.get("fault")])
+    if "take" in case:
+        take_copy(Path(loaded.recipe.run.dir), name, *case["take"])
+    if case.get("fails"):
+        expect_failure(loaded, name)
     for _ in range(len(pending) + 1):
         unset_hf_deepspeed_config()
         try:
-            train(RunRequest(loaded, tuple(case.get("stages", (1, 2)))))
+            asked = (case.get("start_from"), case.get("allow_changes", False))
+            train(RunRequest(loaded, tuple(case.get("stages", (1, 2))), None, *asked))
         except Stopped:
             assert len(case["stop_at"]) > len(pending), "stopped without a signal"
         gc.collect()
@@ -115,7 +238,8 @@ def main() -> None:
     torch.set_num_threads(1)
     run_module.finish_run = observe  # type: ignore[assignment]
     for case in json.loads(parser.parse_args().cases.read_text()):
-        print(f"case {case['name']}", flush=True)
+        if os.environ["RANK"] == "0":
+            print(f"case {case['name']}", flush=True)
         run_case(case)
 
 

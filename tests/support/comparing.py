@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dsmixer.checkpoint.restore import read_whole
+
 TIMINGS = ("seconds", "tokens_per_second")
 LOSS, GRAD_NORM, WEIGHTS = 1e-5, 1e-4, 0.01
 """What a placement may change in float32, relative; weights by the distance that they have moved."""
@@ -44,8 +46,7 @@ class RunRecord:
 
     def tensors(self, stage: int, kind: str = "weights", step: int | None = None) -> Tensors:
         """``weights``, ``exp_avg``, ``exp_avg_sq`` or ``origin`` by name, of the last checkpoint."""
-        whole = load_file(self._checkpoint(stage, step) / "tensors.safetensors")
-        return {k[len(kind) + 1 :]: t for k, t in whole.items() if k.startswith(f"{kind}/")}
+        return read_whole(self._checkpoint(stage, step), kind)
 
     def live(self) -> Tensors:
         """Experts and routers of the live model at the end, as ``driver_runs.py`` saw them."""

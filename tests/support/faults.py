@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
 
-from dsmixer.checkpoint import publish
+from dsmixer.checkpoint import parts
 from dsmixer.training import stage_run
 from dsmixer.training.loop import Loop, StepReport
 
@@ -33,8 +34,8 @@ def interrupt_steps(pending: list[list[int]], number: signal.Signals, loop: type
 
 
 def kill_while_saving(stage: int, step: int) -> None:
-    """SIGKILL to the rank that saves, when half of the tensors of this step's checkpoint are written."""
-    whole_save = publish.save_file
+    """SIGKILL to the rank that calls this, when half of its tensors of this step's checkpoint are written."""
+    whole_save = parts.save_file
 
     def half_save(tensors: Any, path: Path) -> None:
         whole_save(tensors, path)
@@ -42,4 +43,14 @@ def kill_while_saving(stage: int, step: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    publish.save_file = half_save
+    parts.save_file = half_save
+
+
+FEW_BYTES = 4096
+
+
+def limit_files(num_bytes: int | None) -> None:
+    """Let no file of this process grow beyond so many bytes: the system then refuses the writing, as it does
+    on a full disk. None: as large as it likes."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if num_bytes is None else num_bytes, hard))

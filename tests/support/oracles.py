@@ -54,20 +54,15 @@ class Steps:
     def of(cls, recipe: Path, overrides: Sequence[str], stage: int) -> Steps:
         loaded = load_recipe(recipe, overrides)
         run_data = load_run_data(loaded.recipe, None)
-        examples = run_data.router_examples
-        if stage == 1:
-            examples = [example for domain in run_data.domains for example in domain.train]
         config = loaded.stage(f"stage{stage}")
         assert config.global_batch_size is not None
         data = stage_data(
-            loaded.recipe,
-            config,
-            examples,
-            run_data.domains,
+            loaded,
+            stage,
+            run_data,
+            run_data.expert_names(loaded.recipe),
             load_tokenizer(loaded.recipe.base.model),
             World(0, 1, torch.device("cpu")),
-            config.global_batch_size // config.micro_batch_size,
-            weighted=stage == 1,
         )
         return cls(loaded, data)
 

@@ -1,8 +1,9 @@
-"""One rank of ``dist/test_plan_bytes.py``: real engines, and the bytes of all tensors alive at four points.
+"""One rank of ``dist/test_plan_bytes.py``: real engines, and the bytes of all tensors alive at some points.
 
-``loaded``: model and mixers, before the engine. ``engine``: with the engine and its optimizer.
-``accumulated``: after the first of two micro-batches. ``backward``: after the second, before the optimizer's
-step. Beside them ``weights``: what the model's parameters keep when nothing is gathered.
+``made``: the most while the mixers are made. ``loaded``: model and mixers, before the engine. ``engine``:
+with the engine and its optimizer. ``accumulated``: after the first of two micro-batches. ``backward``: after
+the second, before the optimizer's step. Beside them ``weights``: what the model's parameters keep when
+nothing is gathered.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dsmixer.experts.bank import ExpertBank
 from dsmixer.model.inject import Mixture, attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.placement.exchange import token_placement
+from dsmixer.placement.groups import cut_weights, expert_parallel_group
+from dsmixer.placement.layout import ExpertLayout
 from dsmixer.training.engine import start_engine
 from dsmixer.training.optimizer import AdamSettings
 
@@ -30,6 +35,12 @@ CASES = [
     (2, "routers"),
     (3, "routers"),
 ]
+SPREAD = {
+    "ep4": ((0, 1), (1,), (2,), (3, 4)),
+    "ep2": ((0, 1), (1, 2, 3, 4)),
+}
+"""Experts of the ranks of a group: some hold more than others, and one expert has several owners."""
+SPREAD_STAGES = (1, 2, 3)
 EXPERTS = ("a", "b", "c", "d", "e")
 MIXER: dict[str, Any] = {"targets": ["q", "k", "v", "o"], "experts": EXPERTS, "rank": 8, "top_k": 2}
 
@@ -71,9 +82,23 @@ def kept_part(parameter: nn.Parameter) -> torch.Tensor:
     return part
 
 
-def new_mixture() -> Mixture:
+def new_mixture(owned: tuple[tuple[int, ...], ...] | None, stage: int) -> tuple[Mixture, int]:
+    """A mixture as a run makes it, and the most bytes that were alive when a bank or router had been made."""
     model = AutoModelForCausalLM.from_config(llama_config(), dtype=torch.float32)
-    return attach_mixers(model, MixerConfig(**MIXER))
+    placement = None
+    if owned is not None:
+        layout = ExpertLayout(owned, dist.get_rank() % len(owned))
+        placement = token_placement(layout, expert_parallel_group(len(owned)), "cpu")
+    most = 0
+
+    def settle(path: str, module: nn.Module) -> None:
+        nonlocal most
+        most = max(most, live_bytes(model))
+        if stage == 3:
+            experts_over = len(owned) if owned and isinstance(module, ExpertBank) else 1
+            cut_weights(module, ds_config(3, 2), experts_over=experts_over)
+
+    return attach_mixers(model, MixerConfig(**MIXER), placement, settle), most
 
 
 def ds_config(stage: int, accumulation: int) -> dict[str, Any]:
@@ -92,12 +117,12 @@ def ds_config(stage: int, accumulation: int) -> dict[str, Any]:
     }
 
 
-def measure(stage: int, trained: str) -> dict[str, int]:
+def measure(stage: int, trained: str, owned: tuple[tuple[int, ...], ...] | None = None) -> dict[str, int]:
     before = live_bytes()
-    mixture = new_mixture()
+    mixture, most = new_mixture(owned, stage)
     experts, routers = list(mixture.expert_parameters()), list(mixture.router_parameters())
     parameters = {"experts": experts, "all": [*experts, *routers], "routers": routers}[trained]
-    found = {"loaded": live_bytes(mixture.model) - before}
+    found = {"made": most - before, "loaded": live_bytes(mixture.model) - before}
     started = start_engine(mixture, parameters, AdamSettings(), ds_config(stage, 2))
     if trained == "all":
         started.optimizer.hold_origin()
@@ -117,7 +142,12 @@ def measure(stage: int, trained: str) -> dict[str, int]:
 def main(folder: Path) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what the imports left need not be looked through again and again
     found = {f"zero{stage}_{trained}": measure(stage, trained) for stage, trained in CASES}
+    for name, owned in SPREAD.items():
+        for stage in SPREAD_STAGES:
+            found[f"zero{stage}_{name}"] = measure(stage, "all", owned)
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -65,13 +65,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_domains(folder: Path) -> dict[str, Path]:
-    """Three domains of unequal sizes, with prompts and completions of unequal lengths."""
+UNEVEN_SIZES = {"sums": 400, "words": 60, "rare": 30, "sums1": 70, "words1": 40, "rare1": 12}
+"""Of six domains of which the first is larger than a rank's share, and so has several owners."""
+
+
+def write_domains(folder: Path, sizes: dict[str, int] = SIZES) -> dict[str, Path]:
+    """Domains of unequal sizes, with prompts and completions of unequal lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(5)
     paths = {}
-    for name, size in SIZES.items():
-        records = [_record(name, draw) for _ in range(size)]
+    for name, size in sizes.items():
+        records = [_record(name.rstrip("1"), draw) for _ in range(size)]
         paths[name] = folder / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
     return paths
@@ -87,10 +91,11 @@ def _record(domain: str, draw: random.Random) -> dict[str, str]:
     return {"prompt": f"reverse {words[0]} ", "completion": words[0][::-1]}
 
 
-def write_recipe(folder: Path, kind: str = "llama", copies: int = 1) -> Path:
+def write_recipe(folder: Path, kind: str = "llama", copies: int = 1, sizes: dict[str, int] = SIZES) -> Path:
     """``folder/recipe.yaml``: both stages, six steps each, clipping at work, wide routers.
 
-    With ``copies`` above 1 each domain stands there so often, with an expert each: ``sums0``, ``sums1``, ….
+    ``sizes``: examples of each domain. With ``copies`` above 1 each domain stands there so often, with an
+    expert each: ``sums0``, ``sums1``, ….
     Runs go to ``folder/runs``. Adam's eps keeps gradients that are zero but for rounding from moving weights.
     """
     stage = {
@@ -108,7 +113,7 @@ def write_recipe(folder: Path, kind: str = "llama", copies: int = 1) -> Path:
             "max_length": 64,
             "domains": [
                 {"name": name, "train": str(path)}
-                for file, path in write_domains(folder / "data").items()
+                for file, path in write_domains(folder / "data", sizes).items()
                 for name in ([f"{file}{i}" for i in range(copies)] if copies > 1 else [file])
             ],
         },

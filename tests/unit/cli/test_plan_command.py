@@ -12,9 +12,10 @@ from unit.placement.llama3 import llama3_shape
 
 from dsmixer.cli.main import main
 from dsmixer.config.recipe import load_recipe
+from dsmixer.placement.owners import owners_of, pack_slots
 from dsmixer.placement.plan import make_plan
 from dsmixer.placement.request import Cluster
-from dsmixer.training.planning import AUTOMATIC_MODES, PoolFacts, plan_request
+from dsmixer.training.planning import PoolFacts, plan_request
 
 
 @pytest.fixture
@@ -50,53 +51,49 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
     return values
 
 
-def test_json_holds_the_choice_and_marks_what_this_version_runs(
+def test_json_holds_the_choice_and_every_layout(
     recipe: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(
         capsys, "--config", recipe, "--model-config", config, "--world-size", 4, "--device-memory", "24GB"
     )
     assert plan["fits"] is True and plan["device_memory"] == 24 * 2**30
-    available = {layout["mode"]: layout["available"] for layout in plan["layouts"]}  # type: ignore[attr-defined]
-    assert available == {"replicate": True, "weights": True, "tokens": False}
-    assert plan["runnable"]["mode"] == plan["mode"] == "replicate"  # type: ignore[index]
-    assert not any("by name" in note for note in plan["notes"])  # type: ignore[attr-defined]
+    layouts: list[dict[str, object]] = plan["layouts"]  # type: ignore[assignment]
+    assert {layout["mode"] for layout in layouts} == {"replicate", "weights", "tokens"}
+    assert [layout["sent_bytes"] for layout in layouts] == sorted(layout["sent_bytes"] for layout in layouts)  # type: ignore[type-var]
+    assert plan["mode"] == layouts[0]["mode"]
 
 
-def test_a_plan_that_chose_tokens_says_that_a_run_takes_it_by_name_only(
+def test_auto_takes_tokens_where_they_are_less_than_the_gradients(
     recipe: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """512 experts of rank 64 on short rows: the experts' gradients are more than the tokens."""
+    """512 experts of rank 64 on short rows."""
     monkeypatch.setenv("COLUMNS", "160")
     rows = ("mixer.rank=64", "data.max_length=64")
     common = ["--config", str(recipe), *rows, "--model-config", str(config), "--world-size", "8"]
     pool = ("--experts", "512")
     plan = planned(capsys, *common, *pool)
-    assert plan["mode"] == "tokens" and plan["available"] is False
-    assert plan["runnable"]["mode"] == "replicate"  # type: ignore[index]
+    assert plan["mode"] == "tokens" and plan["expert_parallel_size"] > 1  # type: ignore[operator]
+    sent: dict[str, dict[str, int]] = plan["bytes_sent_per_step"]  # type: ignore[assignment]
+    assert sent["stage1"]["tokens"] == sent["stage1"]["pairs"] == 0 < sent["stage2"]["pairs"]
     assert main(["plan", *common, *pool]) == 0
     shown = capsys.readouterr().out
-    assert "note: a run takes tokens only by name: placement.mode: tokens; with auto and deepspeed" in shown
-    assert "by name" in shown and "not yet" not in shown
+    assert "tokens (chosen)" in shown and "stage one sends no tokens" in shown
+    assert "by name" not in shown and "not yet" not in shown
     named = planned(capsys, *common[:2], "placement.mode=tokens", *common[2:], *pool)
-    assert named["available"] is True and named["notes"] == [
-        note
-        for note in plan["notes"]
-        if "by name" not in note  # type: ignore[attr-defined]
-    ]
+    assert named["notes"] == plan["notes"] and named["owners"] == plan["owners"]
 
 
-@pytest.mark.parametrize(("mode", "taken"), [("auto", AUTOMATIC_MODES), ("tokens", ("tokens",))])
-def test_a_run_spreads_experts_only_where_the_recipe_says_so(
-    recipe: Path, mode: str, taken: tuple[str, ...]
-) -> None:
-    """Also where spreading them sends less, as it does here."""
-    loaded = load_recipe(recipe, [f"placement.mode={mode}", "mixer.rank=64"])
-    facts = PoolFacts([f"expert{i}" for i in range(64)])
-    cluster = Cluster(8, device_memory=80 * 2**30)
-    run = make_plan(plan_request(loaded, llama3_shape(), facts, cluster))
-    free = make_plan(plan_request(loaded, llama3_shape(), facts, cluster, only_available=False))
-    assert run.mode in taken and free.mode == "tokens"
+def test_a_run_plans_with_the_slots_of_its_data(recipe: Path) -> None:
+    """Other slots are other owners; without them the plan packs the training tokens."""
+    loaded = load_recipe(recipe, ["placement.mode=tokens", "placement.expert_parallel_size=2"])
+    facts = PoolFacts(["law", "chess", "code"])
+    cluster = Cluster(2, device_memory=80 * 2**30)
+    slots = pack_slots([6.0, 1.0, 1.0], 4)
+    run = make_plan(plan_request(loaded, llama3_shape(), facts, cluster, slots=slots))
+    free = make_plan(plan_request(loaded, llama3_shape(), facts, cluster))
+    assert run.chosen.owners == owners_of(slots, 2)
+    assert free.chosen.owners == owners_of(pack_slots([1.0, 1.0, 1.0], 2), 2)
 
 
 def test_the_file_config_json_and_its_folder_are_the_same(
@@ -113,8 +110,9 @@ def test_a_larger_pool_and_its_tokens_can_be_asked_for(
     common = ("--config", recipe, "placement.mode=tokens", "--model-config", config, "--world-size", 2)
     assert planned(capsys, *common, "--experts", 40)["num_experts"] == 40
     plan = planned(capsys, *common, "--tokens", "law=6e9", "--tokens", "chess=1e9", "--tokens", "code=1e9")
-    law, chess, code = (list(plan["owners"][name]) for name in ("law", "chess", "code"))  # type: ignore[index]
-    assert len(law) == 1 and chess == code != law, "one owner each, and the longest domain alone"
+    law, chess, code = (plan["owners"][name] for name in ("law", "chess", "code"))  # type: ignore[index]
+    assert len(law) == 2 and len(chess) == len(code) == 1, "three quarters of the tokens have two owners"
+    assert chess == code and max(law.values()) == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_the_table_names_the_choice_the_bytes_and_the_reason(
@@ -128,7 +126,7 @@ def test_the_table_names_the_choice_the_bytes_and_the_reason(
         "3 experts of rank 8 on 4 ranks",
         "fits",
         "optimizer",
-        "runs it",
+        "pairs",
         "tokens",
         "why:",
         "3·R·E·Σ(D+O)",
@@ -136,14 +134,14 @@ def test_the_table_names_the_choice_the_bytes_and_the_reason(
         assert text in shown, text
 
 
-def test_the_table_marks_a_base_that_this_version_does_not_load(
+def test_a_note_names_a_base_that_this_version_does_not_load(
     recipe: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     arguments = ["base.quantization=nf4", "--model-config", str(config), "--world-size", "2"]
     assert main(["plan", "--config", str(recipe), *arguments]) == 0
     shown = capsys.readouterr().out
-    assert "not yet" in shown and "runs it" not in shown
+    assert "this version does not load one yet" in " ".join(shown.split())
 
 
 def test_where_nothing_fits_it_still_ends_well_and_says_what_would(

@@ -15,6 +15,7 @@ from dsmixer.config.errors import UserError
 from dsmixer.data.collate import step_batch
 from dsmixer.data.sampler import StepSampler
 from dsmixer.data.store import TokenStore
+from dsmixer.placement.owners import owners_of
 
 LENGTHS = np.random.default_rng(1).integers(2, 30, 60).tolist()
 DOMAINS = [0] * 30 + [1] * 20 + [2] * 10
@@ -145,6 +146,102 @@ def test_the_rows_and_counts_of_a_step_do_not_depend_on_the_world_size(
             assert sum(m.num_targets for m in micro_batches) == int(shares[0].target_tokens.sum())
         assert all(layout == layouts[0] for layout in layouts)
         assert layouts[0][0] == sampler.rows(step)
+
+
+EXPERT_OF_DOMAIN = [1, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def large_store(make_store: Callable[..., TokenStore]) -> TokenStore:
+    """Three quarters of all examples in one of three domains."""
+    lengths = np.random.default_rng(2).integers(2, 30, 800).tolist()
+    return make_store(lengths, [0] * 600 + [1] * 130 + [2] * 70)
+
+
+def slotted(store: TokenStore, **how: Any) -> StepSampler:
+    return sampler_of(store, **{"experts": EXPERT_OF_DOMAIN, "num_experts": 2, **how})
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_slots_see_every_example_once_an_epoch_and_end_together(
+    large_store: TokenStore, packing: bool, epochs: int
+) -> None:
+    sampler = slotted(large_store, packing=packing, epochs=epochs)
+    assert len(sampler.slots) == 8
+    assert seen(sampler) == Counter(dict.fromkeys(range(800), epochs))
+    rows = np.array([[len(row) for row in sampler.rows(step)] for step in range(sampler.num_steps)])
+    given = (rows > 0).sum(0)
+    assert given.min() >= 0.85 * given.max(), "no slot ends long before the others"
+    for slot in range(8):
+        assert (rows[: given[slot], slot] > 0).all(), "empty rows come last"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("expert_parallel_size", [1, 2, 4, 8])
+def test_every_row_is_on_a_rank_that_owns_the_experts_of_its_tokens(
+    large_store: TokenStore, world_size: int, expert_parallel_size: int
+) -> None:
+    if world_size % expert_parallel_size:
+        pytest.skip("no such group")
+    sampler = slotted(large_store)
+    owners = owners_of(sampler.slots, expert_parallel_size)
+    expert_of = np.array(EXPERT_OF_DOMAIN)
+    for step in range(0, sampler.num_steps, 5):
+        rows = []
+        for rank in range(world_size):
+            batch = step_batch(
+                sampler,
+                large_store,
+                step,
+                world_rank=rank,
+                world_size=world_size,
+                micro_batch_size=1,
+                pad_token_id=0,
+                expert_parallel_size=expert_parallel_size,
+            )
+            held = set(owners.held(rank % expert_parallel_size))
+            for micro in batch.micro_batches:
+                domains = micro.domain_ids[micro.domain_ids >= 0].numpy()
+                assert set(expert_of[domains].tolist()) <= held
+                rows.append(tuple(dict.fromkeys(micro.example_ids[micro.example_ids >= 0].tolist())))
+        assert Counter(rows) == Counter(sampler.rows(step)), "all ranks together see the step's rows"
+
+
+def test_a_slot_that_lies_across_ranks_is_owned_by_both(make_store: Callable[..., TokenStore]) -> None:
+    store = make_store([20] * 40, [0] * 22 + [1] * 18)
+    sampler = sampler_of(store, weights=[1, 1], experts=[0, 1], num_experts=2, global_batch_size=64)
+    assert len(sampler.slots) == 8 < 64
+    sampler = sampler_of(store, weights=[1, 1], experts=[0, 1], num_experts=2, global_batch_size=9)
+    assert len(sampler.slots) == 9
+    owners = owners_of(sampler.slots, 2)
+    assert set(owners.held(0)) | set(owners.held(1)) == {0, 1} and owners.several()
+
+
+def test_few_rows_make_few_slots_so_that_rows_are_full(store: TokenStore) -> None:
+    sampler = sampler_of(store, experts=[0, 1, 2], num_experts=3, global_batch_size=64)
+    assert len(sampler.slots) == 8 and seen(sampler) == Counter(dict.fromkeys(range(60), 1))
+    assert sum(LENGTHS) / (32 * sum(map(bool, all_rows(sampler)))) > 0.75, "of the places are filled"
+
+
+def test_a_skewed_pool_keeps_the_busiest_rank_within_ten_percent(
+    make_store: Callable[..., TokenStore],
+) -> None:
+    """A domain with 60 % of the tokens among six, on four ranks, averaged over the steps of stage one."""
+    lengths = np.random.default_rng(3).integers(4, 30, 5000).tolist()
+    domains = np.repeat(range(6), [3000, 400, 400, 400, 400, 400])
+    store = make_store(lengths, domains.tolist())
+    sampler = sampler_of(
+        store, weights=[1.0] * 6, experts=list(range(6)), num_experts=6, global_batch_size=16, max_steps=50
+    )
+    tokens = np.zeros(4)
+    for step in range(sampler.num_steps):
+        for slot, row in enumerate(sampler.rows(step)):
+            tokens[slot // 4] += sum(lengths[i] for i in row)
+    assert tokens.max() / tokens.mean() < 1.10
+    share = np.bincount(domains, weights=lengths) / sum(lengths) * 4
+    without = [share[0], share[1] + share[2], share[3] + share[4], share[5]]  # one owner each
+    assert max(without) > 2.3
 
 
 def test_target_tokens_are_counted_by_domain(make_store: Callable[..., TokenStore]) -> None:

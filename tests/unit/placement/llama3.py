@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmixer.model.shape import model_shape
+from dsmixer.placement.memory import Layout
+from dsmixer.placement.owners import owners_of, pack_slots
 from dsmixer.placement.request import Cluster, ModelShape, PlanRequest, Pool, StageShape
 
 STAGE1 = StageShape("stage1", 1, 1024, 4, trains_experts=True, trains_routers=False)
@@ -34,6 +36,11 @@ def llama3_8b() -> LlamaForCausalLM:
 @cache
 def llama3_shape() -> ModelShape:
     return model_shape(llama3_8b(), ["q", "k", "v", "o"])
+
+
+def layout(mode: str, zero_stage: int, ep: int, num_experts: int) -> Layout:
+    """``num_experts`` experts with as much data each, over ``ep`` ranks."""
+    return Layout(mode, zero_stage, owners_of(pack_slots((1.0,) * num_experts, ep), ep))
 
 
 def request(num_experts: int, world_size: int, memory: float | None = None, **changes: Any) -> PlanRequest:

@@ -14,6 +14,8 @@ from dsmixer.model.load import checkpoint_activations
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.model.shape import model_shape
 from dsmixer.placement.activations import activation_bytes, layer_bytes, logit_bytes, working_bytes
+from dsmixer.placement.memory import Layout, rank_bytes
+from dsmixer.placement.owners import owners_of, pack_slots
 from dsmixer.placement.request import Cluster, PlanRequest, Pool, StageShape
 from dsmixer.routing.context import BatchRouting
 from dsmixer.routing.modes import Routing
@@ -94,16 +96,22 @@ def test_travelling_tokens_are_kept_by_the_rank_that_received_them() -> None:
     model = model_shape(small_llama(torch.float32, False), "qkvo")
     plan = PlanRequest(model, Pool((8,) * 4, (1.0,) * 4), Cluster(4), (STAGE1,), base_bytes=4)
     blocks, each = 4 * 2 * 64 * 4, 4 * 4 * 64 * 4
-    here, there = activation_bytes(plan, STAGE1), activation_bytes(plan, STAGE1, 4)
-    assert there - here == 64 * (each - blocks)
-    copies = 4 * (1 - (3 / 4) ** 2)
-    more = activation_bytes(plan, STAGE2, 4) - activation_bytes(plan, STAGE2)
-    assert more == 64 * copies * each, "the routers keep the blocks' input beside it"
+    arriving = 1.75
+    more = activation_bytes(plan, STAGE2, arriving) - activation_bytes(plan, STAGE2)
+    assert more == 64 * arriving * each, "the routers keep the blocks' input beside it"
     shared = replace(plan, pool=replace(plan.pool, router="per_block"))
-    more = activation_bytes(shared, STAGE2, 4) - activation_bytes(shared, STAGE2)
-    assert more == 64 * copies * blocks
-    assert activation_bytes(shared, STAGE1, 4) == there
-    assert working_bytes(plan, STAGE1, 4, 4) - working_bytes(plan, STAGE1, 4) == 64 * 2 * 4 * (64 + 64)
+    more = activation_bytes(shared, STAGE2, arriving) - activation_bytes(shared, STAGE2)
+    assert more == 64 * arriving * blocks
+    moved = working_bytes(plan, STAGE2, 4, 1.0) - working_bytes(plan, STAGE2, 4)
+    assert moved == 64 * 2 * 4 * (64 + 64)
+
+
+def test_stage_one_keeps_no_travelling_tokens() -> None:
+    model = model_shape(small_llama(torch.float32, False), "qkvo")
+    plan = PlanRequest(model, Pool((8,) * 4, (1.0,) * 4), Cluster(4), (STAGE1,), base_bytes=4)
+    spread = Layout("tokens", 1, owners_of(pack_slots((1.0,) * 4, 4), 4))
+    assert rank_bytes(plan, spread, STAGE1).activations == activation_bytes(plan, STAGE1)
+    assert rank_bytes(plan, spread, STAGE2).activations > activation_bytes(plan, STAGE2)
 
 
 def test_checkpointing_and_short_rows_keep_less_and_dropout_keeps_more() -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.placement.llama3 import STAGE1, STAGE2, llama3_8b, llama3_shape, request
+from unit.placement.llama3 import STAGE1, STAGE2, layout, llama3_8b, llama3_shape, request
 
 from dsmixer.experts.bank import padded_rank
 from dsmixer.model.count import count_weights
 from dsmixer.model.inject import attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.placement.memory import Layout, base_bytes, expert_weights, rank_bytes, router_weights
+from dsmixer.placement.owners import Owners, owners_of, pack_slots
 from dsmixer.placement.request import FLOAT32, Pool
 
 BASE = 8_030_261_248
@@ -49,8 +50,8 @@ def test_six_experts_on_four_ranks_by_hand(
     zero_stage: int, base: float, experts: float, gradients: float, copies: float
 ) -> None:
     """Shares of the whole; ``copies``: moments and float32 copy."""
-    layout = Layout("weights" if zero_stage == 3 else "replicate", zero_stage, 1, 6)
-    found = rank_bytes(request(6, 4), layout, STAGE1)
+    mode = "weights" if zero_stage == 3 else "replicate"
+    found = rank_bytes(request(6, 4), layout(mode, zero_stage, 1, 6), STAGE1)
     assert found.base == pytest.approx(2 * BASE * base, rel=1e-3)
     assert found.experts == 4 * EXPERTS * experts
     # routers of 24,576 weights are below DeepSpeed's persistence threshold: whole beside their part
@@ -60,32 +61,54 @@ def test_six_experts_on_four_ranks_by_hand(
 
 
 def test_stage_two_adds_the_routers_and_the_origin() -> None:
-    found = rank_bytes(request(6, 4), Layout("replicate", 2, 1, 6), STAGE2)
+    found = rank_bytes(request(6, 4), layout("replicate", 2, 1, 6), STAGE2)
     assert found.gradients == EXPERTS + ROUTERS
     assert found.optimizer == 4 * (EXPERTS + ROUTERS)
     frozen = replace(STAGE2, trains_experts=False, keeps_origin=False)
-    assert rank_bytes(request(6, 4), Layout("replicate", 2, 1, 6), frozen).optimizer == 3 * ROUTERS
+    assert rank_bytes(request(6, 4), layout("replicate", 2, 1, 6), frozen).optimizer == 3 * ROUTERS
 
 
 def test_in_tokens_mode_a_rank_holds_its_own_experts_and_zero_cuts_over_their_owners() -> None:
     """64 experts on EP 4 x EDP 2: 16 held, cut in two; the base over all eight."""
-    found = rank_bytes(request(64, 8), Layout("tokens", 3, 4, 16), STAGE1)
+    found = rank_bytes(request(64, 8), layout("tokens", 3, 4, 64), STAGE1)
     assert found.experts == 4 * EXPERTS * 16 // 6 // 2
     assert found.base == pytest.approx(2 * BASE / 8, rel=1e-2)
+
+
+def test_a_rank_s_bytes_follow_from_its_own_experts_and_without_a_rank_it_is_the_fullest() -> None:
+    """Loads 4, 1, 1, 1, 1 on EP 2: the large one alone, the small ones together."""
+    spread = Layout("tokens", 1, owners_of(pack_slots([4, 1, 1, 1, 1], 2), 2))
+    assert sorted(spread.held) == [1, 4] and spread.most_held == 4
+    few, many = (rank_bytes(request(5, 4), spread, STAGE1, spread.held.index(n)) for n in (1, 4))
+    assert (few.experts, many.experts) == (4 * EXPERTS // 6, 4 * 4 * EXPERTS // 6)
+    assert rank_bytes(request(5, 4), spread, STAGE1) == many
+
+
+def test_an_expert_with_several_owners_needs_memory_to_add_up_its_gradient() -> None:
+    """Its weights in float32, before the optimizer's step; small next to the step where ZeRO cuts nothing."""
+    parts = (((0, 0.5), (1, 0.5)), ((1, 1.0),))
+    spread = Layout("tokens", 3, Owners(parts, (1.0, 1.0)))
+    plan = request(2, 64)
+    assert spread.shared_with(64) == ((64,), (64,))
+    assert rank_bytes(plan, spread, STAGE1).update == 4 * expert_weights(plan, 1) == 4 * EXPERTS // 6
+    frozen = replace(STAGE2, trains_experts=False, keeps_origin=False)
+    assert rank_bytes(plan, spread, frozen).update < 4 * expert_weights(plan, 1)
 
 
 def test_a_four_bit_base_is_whole_on_every_rank_and_keeps_embeddings_and_head() -> None:
     packed = replace(request(6, 8), four_bit=True)
     outside = 2 * 128256 * 4096 + 65 * 4096  # embeddings, head, norms
     held = int((BASE - outside) * 0.5625)
-    assert base_bytes(packed, Layout("replicate", 2, 1, 6)) == held + 2 * outside
-    assert base_bytes(packed, Layout("weights", 3, 1, 6)) == held + 2 * outside // 8
+    assert base_bytes(packed, layout("replicate", 2, 1, 6)) == held + 2 * outside
+    assert base_bytes(packed, layout("weights", 3, 1, 6)) == held + 2 * outside // 8
 
 
-def test_this_start_holds_the_whole_pool_before_it_is_cut() -> None:
-    found = rank_bytes(request(64, 8), Layout("weights", 3, 1, 64), STAGE1)
-    assert found.start > 4 * expert_weights(request(64, 8), 64)
-    assert found.start < found.base + 4 * expert_weights(request(64, 8), 64) * 1.2
+def test_zero3_starts_with_the_parts_of_a_rank_and_one_whole_bank() -> None:
+    pool = 4 * expert_weights(request(64, 8), 64)
+    found = rank_bytes(request(64, 8), layout("weights", 3, 1, 64), STAGE1)
+    assert pool / 8 < found.start - found.base < pool / 4
+    replicated = rank_bytes(request(64, 8), layout("replicate", 2, 1, 64), STAGE1)
+    assert replicated.start > replicated.base + pool
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,8 +121,8 @@ def test_this_start_holds_the_whole_pool_before_it_is_cut() -> None:
 def test_more_ranks_never_hold_more_and_the_peak_covers_all_that_is_held(
     experts: int, world: int, zero: int, stage: object
 ) -> None:
-    layout = Layout("weights" if zero == 3 else "replicate", zero, 1, experts)
-    one, two = (rank_bytes(request(experts, w), layout, stage) for w in (world, 2 * world))  # type: ignore[arg-type]
+    whole = layout("weights" if zero == 3 else "replicate", zero, 1, experts)
+    one, two = (rank_bytes(request(experts, w), whole, stage) for w in (world, 2 * world))  # type: ignore[arg-type]
     assert two.held <= one.held
     assert one.peak >= one.held + one.activations
     assert one.peak >= one.start
@@ -108,7 +131,7 @@ def test_more_ranks_never_hold_more_and_the_peak_covers_all_that_is_held(
 def test_six_experts_on_one_card_with_a_four_bit_base_stay_below_15_gb() -> None:
     """The design's promise for float32 AdamW at sequence 1024, batch 1."""
     plan = replace(request(6, 1), four_bit=True)
-    found = rank_bytes(plan, Layout("replicate", 0, 1, 6), STAGE2)
+    found = rank_bytes(plan, layout("replicate", 0, 1, 6), STAGE2)
     assert found.peak < 15e9
     assert found.held == found.base + 4 * (EXPERTS + ROUTERS) * (1 + 1 + 3)
 

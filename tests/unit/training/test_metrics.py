@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.faults import limit_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsmixer.report.run_folder import read_metrics
+from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.routing.modes import Routing, modes
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 from dsmixer.training.metrics import MetricsLog, routing_metrics
@@ -250,3 +251,21 @@ def test_heat_maps_of_many_show_64_and_say_so():
     loads = statistics.domain_MGE.sum((0, 1))
     dropped = [index for index, name in enumerate(experts) if name not in heat_map.columns]
     assert loads[dropped].max() <= loads[[experts.index(name) for name in heat_map.columns]].min()
+
+
+def test_rows_that_a_full_disk_does_not_take_are_written_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system refuses to write on in the middle of a row, as a full disk does; one warning, no loss."""
+    with MetricsLog(tmp_path, restored=None) as log:
+        log.write(1, 1, {"loss": 1.0})
+        try:
+            limit_files((tmp_path / METRICS_FILE).stat().st_size + 10)
+            log.write(1, 2, {"loss": 2.0})
+            log.write(1, 3, {"loss": 3.0})
+        finally:
+            limit_files(None)
+        assert capsys.readouterr().err.count("its rows wait") == 1
+        log.write(1, 4, {"loss": 4.0})
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsmixer.placement.groups import Piece, Shard
 from dsmixer.placement.layout import everything_here
+from dsmixer.placement.pieces import Piece, Shard
 from dsmixer.training.optimizer import AdamSettings, ExpertAdamW, StepPlan, spans_of
 
 NUM_STEPS = 4
@@ -92,7 +92,7 @@ class Partitioned:
         for optimizer, own in self.ranks:
             pieces = [self._set_grads(shard, grads) for shard in own]
             preserve = optimizer.add_preserve(pieces, plan)
-            sums = sums + torch.cat((optimizer.squared_norms(pieces), preserve[None]))
+            sums = sums + torch.cat((optimizer.squared_norms(pieces, plan), preserve[None]))
         for optimizer, own in self.ranks:
             optimizer.prepare(plan, sums[:-1])
             for shard in own:  # DeepSpeed steps one partition at a time

@@ -1,0 +1,90 @@
+"""What each node does once for all its ranks: downloads and tokenisation."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dsmixer.config.schema import Recipe
+from dsmixer.data.readers import fetch_source
+from dsmixer.data.records import Example
+from dsmixer.data.store import TokenStore
+from dsmixer.data.tokenize import tokenize_examples
+from dsmixer.model.load import fetch_base
+from dsmixer.training.world import World, first_on_node, gather_objects, is_first_on_node, node_rank
+
+
+def fetch_on_nodes(world: World, recipe: Recipe) -> None:
+    """Download the base and the data sets that the recipe names on the hub, once a node.
+
+    Afterwards every rank finds them in the node's cache. One process downloads them where it reads them.
+
+    Raises:
+        UserError: something can't be had; on every rank.
+    """
+    if world.size > 1:
+        first_on_node(world, lambda: _fetch(recipe), lambda: None)
+
+
+def _fetch(recipe: Recipe) -> None:
+    fetch_base(recipe.base)
+    data = recipe.data
+    for entry in data.domains if data.source is None else (data.source,):
+        fetch_source(entry.train, split=entry.split_train, subset=entry.subset)
+        if entry.test is not None:
+            fetch_source(entry.test, split=entry.split_test, subset=entry.subset)
+    if recipe.stage2.enabled and recipe.stage2.data.source is not None:
+        fetch_source(recipe.stage2.data.source)
+
+
+def tokenize_on_nodes(
+    world: World,
+    examples: Sequence[Example],
+    domain_ids: Sequence[int] | np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    loss: Literal["completion", "all"] = "completion",
+    cache_dir: str | Path | None = None,
+) -> TokenStore:
+    """``tokenize_examples`` once a node; the other ranks map the file that its first rank has written.
+
+    Without ``cache_dir`` the file lies in a temporary folder that is gone when all ranks have it open: the
+    tokens are then in memory once a node. One process without ``cache_dir`` writes no file.
+
+    Args:
+        world: the ranks; the others are those of ``tokenize_examples``.
+
+    Raises:
+        UserError: as ``tokenize_examples``; on every rank.
+    """
+
+    def tokenize(folder: str | Path | None) -> TokenStore:
+        return tokenize_examples(
+            examples, domain_ids, tokenizer, max_length=max_length, loss=loss, cache_dir=folder
+        )
+
+    if world.size == 1 or cache_dir is not None:
+        return first_on_node(world, lambda: tokenize(cache_dir))
+    with _folder_of_node(world) as folder:
+        return first_on_node(world, lambda: tokenize(folder))
+
+
+@contextmanager
+def _folder_of_node(world: World) -> Iterator[str]:
+    """A temporary folder that the ranks of a node share, removed when all have left."""
+    made = first_on_node(world, lambda: tempfile.mkdtemp(prefix="dsmixer-tokens-"), lambda: "")
+    paths = {node: path for node, path in gather_objects(world, (node_rank(), made)) if path}
+    try:
+        yield paths[node_rank()]
+        gather_objects(world, None)  # a file that every rank has mapped can lose its name
+    finally:
+        if is_first_on_node():
+            shutil.rmtree(made, ignore_errors=True)

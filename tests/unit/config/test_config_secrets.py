@@ -1,0 +1,48 @@
+"""What looks like a secret is refused before anything is written, and is not in the message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsmixer.config.checks import check_recipe
+from dsmixer.config.errors import UserError
+from dsmixer.config.recipe import load_recipe
+
+RECIPE = """
+base: {{model: {model}}}
+data:
+  domains:
+    - {{name: law, train: {train}}}
+mixer: {{targets: [q]}}
+stage2: {{enabled: false}}
+"""
+
+
+def check(folder: Path, model: str = "org/base", train: str = "org/law") -> None:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(model=model, train=train))
+    check_recipe(load_recipe(str(path), []))
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "https://me:pass0rd@host/law.jsonl",
+        "https://host/law.jsonl?X-Amz-Signature=0123456789abcdef",
+        "https://host/law.jsonl?access_token=0123",
+        "hf_" + "a1B2" * 8,
+        "AKIA" + "ABCD1234" * 2,
+    ],
+)
+def test_a_secret_is_refused_by_its_key_and_not_repeated(tmp_path: Path, secret: str) -> None:
+    for given in ({"train": f'"{secret}"'}, {"model": f'"{secret}"'}):
+        with pytest.raises(UserError, match="looks like a password or an access token") as refused:
+            check(tmp_path, **given)
+        assert secret not in str(refused.value)
+        assert ("data.domains.0.train" if "train" in given else "base.model") in str(refused.value)
+
+
+def test_ordinary_names_are_none(tmp_path: Path) -> None:
+    check(tmp_path, model="hf_team/risky-business_7b", train="org/tokens-and-keys@v1.0")
