@@ -10,7 +10,8 @@ from dsmixer.config.recipe import LoadedRecipe, flatten
 SECRETS = (
     re.compile(r"://[^/\s@]*:[^/\s@]+@"),  # a password in an address
     re.compile(r"[?&][\w-]*(token|key|secret|signature|password)[\w-]*=[^&\s]+", re.IGNORECASE),
-    re.compile(r"\b(hf|ghp|glpat|sk)[_-][A-Za-z0-9_-]{16,}"),
+    re.compile(r"\b(hf_|gh[opsu]_|github_pat_|sk-|sk-proj-)[A-Za-z0-9]\w{29,}"),
+    re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}"),
     re.compile(r"\bAKIA[A-Z0-9]{16}\b"),
 )
 

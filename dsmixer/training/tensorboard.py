@@ -5,6 +5,7 @@ Shapes: M routers, G domains, E experts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,21 @@ class TensorBoardLog:
         """
         if not self._enabled:
             return
+        try:
+            self._write(stage, step, values, statistics, last)
+        except OSError as error:  # of its writer thread, too, such as a full disk
+            print(f"dsmixer: warning: nothing more is written to {self.folder}: {error}", flush=True)
+            self._enabled = False
+            self.close()
+
+    def _write(
+        self,
+        stage: int,
+        step: int,
+        values: Mapping[str, object],
+        statistics: RoutingStatistics | None,
+        last: bool,
+    ) -> None:
         writer = self._writer(stage, step)
         for key, value in values.items():
             if key not in ("stage", "step") and isinstance(value, int | float) and math.isfinite(value):
@@ -85,8 +101,10 @@ class TensorBoardLog:
             self._draw(writer, stage, step, statistics)
 
     def close(self) -> None:
+        """Write out what is waiting; where that can't be written, it is lost, and the run goes on."""
         for writer in self._writers.values():
-            writer.close()
+            with contextlib.suppress(OSError):
+                writer.close()
         self._writers.clear()
 
     def __enter__(self) -> TensorBoardLog:

@@ -33,6 +33,8 @@ def check(folder: Path, model: str = "org/base", train: str = "org/law") -> None
         "https://host/law.jsonl?X-Amz-Signature=0123456789abcdef",
         "https://host/law.jsonl?access_token=0123",
         "hf_" + "a1B2" * 8,
+        "github_pat_" + "a1B2" * 10,
+        "sk-" + "a1B2" * 10,
         "AKIA" + "ABCD1234" * 2,
     ],
 )
@@ -44,5 +46,15 @@ def test_a_secret_is_refused_by_its_key_and_not_repeated(tmp_path: Path, secret:
         assert ("data.domains.0.train" if "train" in given else "base.model") in str(refused.value)
 
 
-def test_ordinary_names_are_none(tmp_path: Path) -> None:
-    check(tmp_path, model="hf_team/risky-business_7b", train="org/tokens-and-keys@v1.0")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_team/risky-business_7b",
+        "hf-internal-testing/tiny-random-LlamaForCausalLM",
+        "models/hf_Meta-Llama-3-8B-Instruct-long-name",
+        "data/sk-learn-documentation-of-all-versions-v2",
+        "org/tokens-and-keys@v1.0",
+    ],
+)
+def test_ordinary_names_are_none(tmp_path: Path, name: str) -> None:
+    check(tmp_path, model="org/base", train=name)

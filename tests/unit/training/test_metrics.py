@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +271,26 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(
         log.write(1, 4, {"loss": 4.0})
     rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from dsmixer.training.tensorboard import TensorBoardLog
+names = {"expert_names": ["a"], "domain_names": ["a"], "router_names": ["r"]}
+log = TensorBoardLog(Path(sys.argv[1]), world_rank=0, **names)
+log.write(1, 1, {"loss": 1.0})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for step in range(2, 3000):
+    log.write(1, step, {"loss": 1.0, "task_loss": 1.0})
+log.close()
+print("went on")
+"""
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:
+    """Files that cannot grow stand for it; the writer's thread meets the error."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("went on\n"), done.stderr[-2000:]
+    assert done.stdout.count("nothing more is written to") == 1
