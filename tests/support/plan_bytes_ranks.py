@@ -83,7 +83,7 @@ def kept_part(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def new_mixture(owned: tuple[tuple[int, ...], ...] | None, stage: int) -> tuple[Mixture, int]:
-    """A mixture as a run makes it, and the most bytes that were alive when a bank or router had been made."""
+    """A mixture as a run makes it, and, under ZeRO-3, the most bytes alive when a bank or router was made."""
     model = AutoModelForCausalLM.from_config(llama_config(), dtype=torch.float32)
     placement = None
     if owned is not None:
@@ -93,8 +93,8 @@ def new_mixture(owned: tuple[tuple[int, ...], ...] | None, stage: int) -> tuple[
 
     def settle(path: str, module: nn.Module) -> None:
         nonlocal most
-        most = max(most, live_bytes(model))
         if stage == 3:
+            most = max(most, live_bytes(model))
             experts_over = len(owned) if owned and isinstance(module, ExpertBank) else 1
             cut_weights(module, ds_config(3, 2), experts_over=experts_over)
 
