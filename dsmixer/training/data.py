@@ -19,6 +19,7 @@ from dsmixer.data.holdout import hold_out_router_examples
 from dsmixer.data.records import Example
 from dsmixer.data.sampler import StepSampler
 from dsmixer.data.store import TokenStore
+from dsmixer.data.tokenize import tokenize_examples
 from dsmixer.training.nodes import tokenize_on_nodes
 from dsmixer.training.world import World
 
@@ -151,15 +152,16 @@ def stage_data(
     weights = [domain.weight if number == 1 else 1.0 for domain in data.domains]
     if number == 2:
         weights.append(1.0)  # examples of no domain, from a source of the routers' own
-    store = tokenize_on_nodes(
-        world,
-        examples,
-        domain_ids(examples, names),
-        tokenizer,
-        max_length=recipe.data.max_length,
-        loss=recipe.data.loss,
-        cache_dir=Path(recipe.data.cache_dir) if recipe.data.cache_dir else None,
-    )
+    cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else None
+    ids = domain_ids(examples, names)
+
+    def tokenize(folder: str | Path | None) -> TokenStore:
+        data = recipe.data
+        return tokenize_examples(
+            examples, ids, tokenizer, max_length=data.max_length, loss=data.loss, cache_dir=folder
+        )
+
+    store = tokenize_on_nodes(world, tokenize, cache)
     sampler = StepSampler(
         store,
         weights=weights,

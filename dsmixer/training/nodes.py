@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from dsmixer.config.schema import Recipe
 from dsmixer.data.readers import fetch_source
-from dsmixer.data.records import Example
 from dsmixer.data.store import TokenStore
-from dsmixer.data.tokenize import tokenize_examples
 from dsmixer.model.load import fetch_base
 from dsmixer.training.world import World, first_on_node, gather_objects, is_first_on_node, node_rank
 
@@ -45,32 +39,21 @@ def _fetch(recipe: Recipe) -> None:
 
 
 def tokenize_on_nodes(
-    world: World,
-    examples: Sequence[Example],
-    domain_ids: Sequence[int] | np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    loss: Literal["completion", "all"] = "completion",
-    cache_dir: str | Path | None = None,
+    world: World, tokenize: Callable[[str | Path | None], TokenStore], cache_dir: str | Path | None
 ) -> TokenStore:
-    """``tokenize_examples`` once a node; the other ranks map the file that its first rank has written.
+    """Tokenise once a node; the other ranks map the file that its first rank has written.
 
     Without ``cache_dir`` the file lies in a temporary folder that is gone when all ranks have it open: the
     tokens are then in memory once a node. One process without ``cache_dir`` writes no file.
 
     Args:
-        world: the ranks; the others are those of ``tokenize_examples``.
+        world: the ranks.
+        tokenize: ``tokenize_examples`` with all but its ``cache_dir``, which it is given.
+        cache_dir: of the recipe.
 
     Raises:
         UserError: as ``tokenize_examples``; on every rank.
     """
-
-    def tokenize(folder: str | Path | None) -> TokenStore:
-        return tokenize_examples(
-            examples, domain_ids, tokenizer, max_length=max_length, loss=loss, cache_dir=folder
-        )
-
     if world.size == 1 or cache_dir is not None:
         return first_on_node(world, lambda: tokenize(cache_dir))
     with _folder_of_node(world) as folder:

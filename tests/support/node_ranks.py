@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import load_recipe
 from dsmixer.data.records import Example
+from dsmixer.data.tokenize import tokenize_examples
 from dsmixer.training.nodes import fetch_on_nodes, tokenize_on_nodes
 from dsmixer.training.ranks import check_same_recipe, check_same_software, check_shared_folder
 from dsmixer.training.world import first_on_node, join_world, node_rank
@@ -88,7 +89,12 @@ def tokenize(world: Any, texts: list[str], cache: Path | None) -> Any:
     tokenizer = byte_tokenizer()
     listening = ListeningTokenizer(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     examples = [Example("", text, "a", location=f"f:{i}") for i, text in enumerate(texts)]
-    return tokenize_on_nodes(world, examples, [0] * len(texts), listening, max_length=32, cache_dir=cache)
+    ids = [0] * len(texts)
+
+    def work(folder: str | Path | None) -> Any:
+        return tokenize_examples(examples, ids, listening, max_length=32, cache_dir=folder)
+
+    return tokenize_on_nodes(world, work, cache)
 
 
 def tokens(world: Any, cache: Path | None) -> dict[str, Any]:

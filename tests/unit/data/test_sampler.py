@@ -177,13 +177,13 @@ def test_slots_see_every_example_once_an_epoch_and_end_together(
         assert (rows[: given[slot], slot] > 0).all(), "empty rows come last"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("expert_parallel_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("world_size", "expert_parallel_size"),
+    [(world, ep) for world in (1, 2, 4, 8) for ep in (1, 2, 4, 8) if ep <= world],
+)
 def test_every_row_is_on_a_rank_that_owns_the_experts_of_its_tokens(
     large_store: TokenStore, world_size: int, expert_parallel_size: int
 ) -> None:
-    if world_size % expert_parallel_size:
-        pytest.skip("no such group")
     sampler = slotted(large_store)
     owners = owners_of(sampler.slots, expert_parallel_size)
     expert_of = np.array(EXPERT_OF_DOMAIN)

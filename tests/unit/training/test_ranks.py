@@ -12,6 +12,8 @@ from support.tiny import byte_tokenizer
 from dsmixer.config.recipe import load_recipe
 from dsmixer.data.readers import is_on_hub
 from dsmixer.data.records import Example
+from dsmixer.data.store import TokenStore
+from dsmixer.data.tokenize import tokenize_examples
 from dsmixer.training.nodes import fetch_on_nodes, tokenize_on_nodes
 from dsmixer.training.ranks import check_ranks, check_shared_folder, installed_versions, named_ranks
 from dsmixer.training.world import World
@@ -47,7 +49,11 @@ def test_one_process_says_its_line_and_touches_nothing(
     check_shared_folder(ALONE, tmp_path / "runs" / "mine")
     fetch_on_nodes(ALONE, loaded.recipe)  # it would be downloaded where it is read
     examples = [Example("", "text", "a", location="f:1")]
-    store = tokenize_on_nodes(ALONE, examples, [0], byte_tokenizer(), max_length=16)
+
+    def tokenize(folder: str | Path | None) -> TokenStore:
+        return tokenize_examples(examples, [0], byte_tokenizer(), max_length=16, cache_dir=folder)
+
+    store = tokenize_on_nodes(ALONE, tokenize, None)
     assert len(store) == 1 and list(tmp_path.iterdir()) == [recipe]
     assert capsys.readouterr().out.startswith("rank 0 of 1: node rank 0 of 1 (")
 
