@@ -10,16 +10,19 @@ step, so that accumulation and the number of ranks do not change it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from dsmixer.losses.interface import NOTHING, Extras, PlainLoss, Usage, UsageFrom
+from dsmixer.losses.usage import usage_at
 from dsmixer.routing.statistics import RouterOutput
 
 ENTROPY_SIGNS = {"specialize": 1.0, "paper_eq5": -1.0}
 
 
 @dataclass(frozen=True)
-class RoutingSpecializationLoss:
+class RoutingSpecializationLoss(PlainLoss):
     """RSL of one router on one micro-batch, summed over its real tokens.
 
     Attributes:
@@ -34,40 +37,27 @@ class RoutingSpecializationLoss:
 
     alpha: float = 0.1
     entropy_weight: float = 0.05
-    entropy: str = "specialize"
-    usage: str = "topk"
-    usage_from: str = "previous_step"
+    entropy: Literal["specialize", "paper_eq5"] = "specialize"
+    usage: Usage = "topk"
+    usage_from: UsageFrom = "previous_step"
     smooth_temperature: float = 1.0
 
-    def __call__(self, output: RouterOutput, previous_usage_E: torch.Tensor, ramp: float) -> torch.Tensor:
+    def __call__(
+        self, output: RouterOutput, previous_usage_E: torch.Tensor, ramp: float, extras: Extras = NOTHING
+    ) -> torch.Tensor:
         """``ramp * (alpha * sum_x sum_i p_i(x) f_i + sigma * lambda * sum_x H(p(x)))``, a scalar.
 
         Args:
             output: the router's work on the micro-batch.
             previous_usage_E: ``f`` of the previous optimizer step; 1/E before the first.
             ramp: 0 to 1, how far alpha and lambda have risen.
+            extras: not used.
         """
-        usage_E = previous_usage_E
-        if self.usage_from == "micro_batch":
-            usage_E = micro_batch_usage(output, self.usage, self.smooth_temperature)
-        balance = output.token_sum(output.p_TE) @ usage_E.detach().to(output.p_TE.dtype)
+        usage_E = usage_at(output, previous_usage_E, self.usage_from, self.usage, self.smooth_temperature)
+        balance = output.token_sum(output.p_TE) @ usage_E
         entropy = output.token_sum(output.entropy_T())
         sign = ENTROPY_SIGNS[self.entropy]
         return ramp * (self.alpha * balance + sign * self.entropy_weight * entropy)
-
-
-@torch.no_grad()
-def micro_batch_usage(output: RouterOutput, kind: str, temperature: float) -> torch.Tensor:
-    """``f [E]`` of one micro-batch; its entries sum to 1 (to 0 where no token is real)."""
-    p_TE, choice = output.p_TE, output.choice
-    if kind == "topk":
-        weights_TE = torch.zeros_like(p_TE).scatter(1, choice.indices_TK, choice.shares_TK)
-    elif kind == "top1":
-        weights_TE = torch.zeros_like(p_TE).scatter(1, p_TE.argmax(1, keepdim=True), 1.0)
-    else:
-        weights_TE = torch.softmax(output.logits_TE / temperature, dim=1)
-    sums_E = output.token_sum(weights_TE)
-    return sums_E / sums_E.sum().clamp_min(1e-30)
 
 
 def ramp_at(step: int, num_steps: int, share: float) -> float:

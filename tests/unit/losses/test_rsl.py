@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmixer.losses.rsl import RoutingSpecializationLoss, micro_batch_usage, ramp_at
+from dsmixer.losses.rsl import RoutingSpecializationLoss, ramp_at
+from dsmixer.losses.usage import micro_batch_usage
 from dsmixer.routing.modes import Routing, modes
 from dsmixer.routing.statistics import RouterOutput
 
