@@ -5,8 +5,9 @@
 DeepSpeed's launcher kills its ranks 30 s after a signal; a rank that is signalled itself saves as long as it
 takes, with all others, and the job ends with 75. So this wrapper looks for the ranks below the launcher and
 signals those. It ends with the launcher's code: 0 done, 2 wrong input, 75 stopped by its signal after saving.
-After any other end it starts the launcher again, at most N times: the same command goes on from the last
-checkpoint. On several nodes each has a wrapper around its own launcher (--no_ssh): docs/multi-node.md.
+After any other end it starts the launcher again, at most N times in a row: the same command goes on from the
+last checkpoint. Where no rank is to be seen here, as below ssh, the command itself gets the signal.
+On several nodes each has a wrapper around its own launcher (--no_ssh): docs/multi-node.md.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ POLL_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0
 SETTLED_SECONDS = 3600.0
 """A launcher that ran this long before it failed gets its restarts, and short pauses, anew."""
+ROWS_IN_ALL = 10
+"""So many times as many restarts in all: what fails after an hour each time does not go on for ever."""
+RANKLESS_SECONDS = 5.0
+"""How long a signal waits for a rank to come up, before the command itself gets it."""
 GRACE_SECONDS = 60.0
 """How long ranks may outlive their launcher, or stand stopped, before they are killed."""
+STANDARD_ERROR = 2
 RANK_VARIABLES = ("RANK", "LOCAL_RANK")
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl: ranks whose launcher dies become children of the wrapper
 
@@ -39,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Supervise; the exit code of the process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--restarts", type=int, default=3, metavar="N", help="most restarts without an hour between (3)"
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="most restarts without an hour between (3); ten times as many in all",
     )
     parser.add_argument(
         "--pause", type=float, default=FIRST_PAUSE, help="seconds before the first restart, then twice (5)"
@@ -70,7 +80,7 @@ class Supervisor:
 
     Args:
         command: the launcher and its arguments.
-        restarts: at most so many in a row.
+        restarts: at most so many in a row, and ten times as many in all.
         pause: seconds before the first of them.
         stop_file: stands for a signal.
     """
@@ -79,15 +89,16 @@ class Supervisor:
         self._command, self._restarts, self._pause, self._stop_file = command, restarts, pause, stop_file
         self._signal: int | None = None
         self._passed_to: set[int] = set()
+        self._rankless_since: float | None = None
 
     def on_signal(self, number: int, frame: object) -> None:
         """Note it; the loop hands it on. Another one goes to the ranks again."""
         self._signal = number
-        self._passed_to.clear()
+        self._forget_passed()
 
     def run(self) -> int:
         """Until there is nothing left to start."""
-        failures = 0
+        failures, restarted = 0, 0
         while True:
             began = time.monotonic()
             code = self._launch()
@@ -95,9 +106,12 @@ class Supervisor:
             if code in (DONE, WRONG_INPUT) or self._is_stopped():
                 return code
             failures = 1 if lasted > SETTLED_SECONDS else failures + 1
-            if failures > self._restarts:
-                say(f"the launcher ended with {code}; no restart is left of {self._restarts}")
+            most = ROWS_IN_ALL * self._restarts
+            if failures > self._restarts or restarted >= most:
+                left = f"{self._restarts}" if failures > self._restarts else f"{most} in all"
+                say(f"the launcher ended with {code}; no restart is left of {left}")
                 return code
+            restarted += 1
             pause = min(self._pause * 2 ** (failures - 1), LONGEST_PAUSE)
             say(
                 f"the launcher ended with {meaning(code)} after {lasted:.0f} s; restart {failures} of "
@@ -119,7 +133,7 @@ class Supervisor:
 
     def _launch(self) -> int:
         """One launcher, to its end and that of its ranks; its exit code."""
-        self._passed_to.clear()
+        self._forget_passed()
         # a session of its own: what a terminal or a batch system sends to all processes must not reach it
         try:
             launcher = subprocess.Popen(self._command, env=environment(), start_new_session=True)
@@ -148,6 +162,22 @@ class Supervisor:
         self._passed_to.update(new)
         if new:
             say(f"told {len(new)} ranks to save and stop (pids {', '.join(map(str, new))})")
+        if not self._passed_to:
+            self._pass_to_command(launcher)
+
+    def _pass_to_command(self, launcher: subprocess.Popen[bytes]) -> None:
+        """The signal to the command itself, once, where no rank has come up for a while."""
+        now = time.monotonic()
+        if self._rankless_since is None:
+            self._rankless_since = now
+        if now - self._rankless_since >= RANKLESS_SECONDS:
+            self._passed_to.add(launcher.pid)
+            say(f"no rank is to be seen here; the signal goes to the command itself (pid {launcher.pid})")
+            send(launcher.pid, signal.SIGTERM)
+
+    def _forget_passed(self) -> None:
+        self._passed_to.clear()
+        self._rankless_since = None
 
     def _end(self, pids: list[int]) -> None:
         """Ranks without a launcher: they are asked to save, and killed if that takes too long."""
@@ -161,8 +191,9 @@ class Supervisor:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
-    print(f"supervise: {text}", file=sys.stderr, flush=True)
+    """A line on standard error, if that takes it."""
+    with contextlib.suppress(OSError):  # a log that can't be written is no reason to leave the ranks alone
+        os.write(STANDARD_ERROR, f"supervise: {text}\n".encode(errors="replace"))
 
 
 def meaning(code: int) -> str:

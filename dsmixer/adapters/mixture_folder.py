@@ -29,6 +29,13 @@ from dsmixer.adapters.publish import published
 from dsmixer.config.errors import UserError
 from dsmixer.model.inject import Mixture, attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.model.quantized import (
+    QUANTIZATIONS,
+    check_packing_works,
+    freeze_packed,
+    loading_config,
+    quantization_of,
+)
 
 CONFIG_FILE = "mixer_config.json"
 ROUTERS_FILE = "routers.safetensors"
@@ -96,9 +103,11 @@ def save_mixture(
 
 def _description(mixture: Mixture, base: str | None, revision: str | None) -> dict[str, Any]:
     mixer = next(iter(mixture.mixers.values()))
-    # a quantised weight is stored as integers; its products run in bfloat16
+    # a weight that others have packed is stored as integers; its products run in bfloat16
     dtypes = (p.dtype for p in mixer.base.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.bfloat16)
+    kind, double = quantization_of(mixture.model) or ("none", False)
+    packing = {"double_quantization": double} if kind != "none" else {}
     return {
         "format_version": FORMAT_VERSION,
         "dsmixer_version": __version__,
@@ -107,6 +116,8 @@ def _description(mixture: Mixture, base: str | None, revision: str | None) -> di
             "revision": revision,
             "model_type": getattr(getattr(mixture.model, "config", None), "model_type", None),
             "dtype": str(dtype).removeprefix("torch."),
+            "quantization": kind,
+            **packing,
         },
         "mixer": mixture.config.to_dict(),
     }
@@ -141,7 +152,8 @@ def _write_expert(
     for path, mixer in mixture.mixers.items():
         a_RD = full[f"{path}.bank.lora_A"][index, :rank]
         matrices[path] = (a_RD, full[f"{path}.bank.lora_B"][index, :rank].T)
-        conv1d.append(isinstance(mixer.base, Conv1D))
+        # a packed layer has forgotten, but for this, that it lay the other way round
+        conv1d.append(issubclass(getattr(mixer.base, "source_cls", type(mixer.base)), Conv1D))
     encoder_decoder = bool(getattr(getattr(mixture.model, "config", None), "is_encoder_decoder", False))
     write_adapter(
         part / EXPERTS_FOLDER / mixture.expert_names[index],
@@ -194,6 +206,7 @@ def load_mixture(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     attention: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a mixture on its base, ready for transformers' ``generate``.
 
@@ -204,6 +217,7 @@ def load_mixture(
         dtype: of the base; None: as in training.
         device: where the model goes; None: the CPU.
         attention: transformers' attention implementation; None: its own choice.
+        quantization: ``none``, ``nf4`` or ``fp4``, of the base; None: as in training.
 
     Returns:
         the model, in evaluation mode, routed by its routers; and the tokenizer, or None if neither the folder
@@ -217,7 +231,8 @@ def load_mixture(
     adapters = {name: read_adapter(folder / EXPERTS_FOLDER / name) for name in config.experts}
     routers = read_safetensors(folder / ROUTERS_FILE)
     source, revision = _base_source(folder, about, base)
-    model = _load_base(source, revision, dtype or about.get("dtype"), attention)
+    packing = _packing(about, quantization)
+    model = _load_base(source, revision, dtype or about.get("dtype"), attention, packing, device)
     _check_model_type(model, about, folder)
     mixture = attach_mixers(model, config)
     fill_experts(mixture, Pool(adapters, config.rslora))
@@ -229,7 +244,7 @@ def load_mixture(
         generation.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.to(device).eval() if device is not None else model.eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _base_source(folder: Path, about: Mapping[str, Any], base: str | Path | None) -> tuple[str, str | None]:
@@ -246,15 +261,40 @@ def _base_source(folder: Path, about: Mapping[str, Any], base: str | Path | None
     return named, about.get("revision")
 
 
-def _load_base(source: str, revision: str | None, dtype: Any, attention: str | None) -> Any:
+def _packing(about: Mapping[str, Any], quantization: str | None) -> tuple[str, bool] | None:
+    """How the base is packed, and whether its scales are too; None: not at all."""
+    kind = quantization or about.get("quantization", "none")
+    if kind not in ("none", *QUANTIZATIONS):
+        problem = f"unknown quantization {kind!r}"
+        raise UserError(problem, fix=f"use none, {' or '.join(QUANTIZATIONS)}")
+    return None if kind == "none" else (kind, bool(about.get("double_quantization", True)))
+
+
+def _load_base(
+    source: str,
+    revision: str | None,
+    dtype: Any,
+    attention: str | None,
+    packing: tuple[str, bool] | None,
+    device: str | torch.device | None,
+) -> Any:
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"unknown dtype {dtype!r}", fix="use bfloat16 or float32")
         dtype = getattr(torch, dtype)
-    options = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if packing is not None:
+        dtype = dtype or torch.bfloat16
+        check_packing_works(packing[0], torch.device(device or "cpu"))
+        options["quantization_config"] = loading_config(*packing, dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype or "auto", trust_remote_code=False, **options
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype or "auto",
+            device_map={"": device or "cpu"},
+            trust_remote_code=False,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise UserError(
@@ -262,6 +302,9 @@ def _load_base(source: str, revision: str | None, dtype: Any, attention: str | N
             where=source,
             fix="give the base model's id or path (base=, or --base-model)",
         ) from error
+    if packing is not None:
+        freeze_packed(model, dtype)
+    return model
 
 
 def _check_model_type(model: nn.Module, about: Mapping[str, Any], folder: Path) -> None:

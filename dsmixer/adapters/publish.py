@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dsmixer.checkpoint.atomic import flush, flush_tree
-from dsmixer.config.errors import UserError
+from dsmixer.config.errors import RefusedError, UserError
 
 
 @contextmanager
@@ -25,7 +25,8 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
         may_replace: whether what is there under this name already may go.
 
     Raises:
-        UserError: something else is there, or the disk refuses the writing.
+        UserError: something else is there.
+        RefusedError: the disk refuses the writing.
     """
     if folder.is_symlink() or (folder.exists() and not _is_free(folder) and not may_replace(folder)):
         raise UserError("something else is there already", where=str(folder), fix="choose another folder")
@@ -45,7 +46,7 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         fix = "free space, or choose another folder"
-        raise UserError(f"cannot be written: {error}", where=str(folder), fix=fix) from error
+        raise RefusedError(f"cannot be written: {error}", where=str(folder), fix=fix) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

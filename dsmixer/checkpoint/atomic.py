@@ -19,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: it can't be written; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     building = path.with_name(f".{path.name}.part")
     try:
         with building.open("w", encoding="utf-8") as file:
@@ -42,6 +42,19 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1, allow_nan: boo
         ValueError: a number is not finite, and ``allow_nan`` is not set: JSON has no such number.
     """
     write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """A folder with those above it, each flushed into the one that it is in; nothing where it is there.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    flush(path.parent)
 
 
 def flush(path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,17 @@ from dsmixer.checkpoint.schema import index_name, part_name
 
 FILE_BYTES = 2**30
 """Largest file of tensors; also the most that a rank has on the host beside what it trains while it saves."""
+
+
+class Part(Protocol):
+    """Elements that are float32 only once they are read."""
+
+    def numel(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> Part: ...
+
+    def read(self) -> torch.Tensor:
+        """``[numel]``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Source:
     name: str
     expert: str | None
     inside: int
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor | Part]
 
     @property
     def numel(self) -> int:
@@ -120,7 +131,8 @@ def _laid_out(batch: Sequence[Source]) -> tuple[dict[str, torch.Tensor], dict[st
         offset = 0
         for source in own:
             for kind, tensor in source.tensors.items():
-                tensors[f"{kind}/{name}"][offset : offset + source.numel].copy_(tensor)
+                values = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
+                tensors[f"{kind}/{name}"][offset : offset + source.numel].copy_(values)
             place = [source.inside, source.numel, offset]
             if source.expert is None:
                 runs.setdefault(name, []).append(place)

@@ -23,6 +23,8 @@ from dsmixer.config.errors import UserError
 
 STATE, CONFIG, MANIFEST = "state.json", "config.yaml", "manifest.json"
 FORMAT = 2
+ADDED = {"base"}
+"""Of ``CheckpointState``: what checkpoints of this format did not have from the beginning."""
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "origin")
 STEP_PATTERN = re.compile(r"^step-(\d{8,})$")
 
@@ -64,6 +66,7 @@ class CheckpointState:
         loss: mean of the steps since the checkpoint before, in nats; what ``checkpoint.keep_best`` goes by.
         layout: ranks, ZeRO stage and EP that saved it: for messages, nothing depends on it.
         versions: of the libraries that wrote it.
+        base: digests of the base that it was trained on; None where they were not kept.
         format: of this folder.
     """
 
@@ -79,6 +82,7 @@ class CheckpointState:
     loss: float | None
     layout: dict[str, int]
     versions: dict[str, str]
+    base: dict[str, str] | None = None
     format: int = FORMAT
 
     @property
@@ -91,7 +95,8 @@ class CheckpointState:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> CheckpointState:
         """Raises ``UserError`` for another format."""
-        if values.get("format") != FORMAT or set(values) != {f.name for f in fields(cls)}:
+        names = {f.name for f in fields(cls)}
+        if values.get("format") != FORMAT or not names - ADDED <= set(values) <= names:
             raise other_format(values.get("format"), where)
         return cls(**values)
 

@@ -19,6 +19,18 @@ class DamagedError(Exception):
     """A file of a checkpoint is not what was saved; the text names it."""
 
 
+class UnreadableError(RuntimeError):
+    """A file of a checkpoint can't be read now, which says nothing about what is in it."""
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    """What it means that the system refuses to read: a disk that is away for a while damages nothing."""
+    return UnreadableError(
+        f"{path}: {error.strerror}; this says nothing about what is in it, and nothing was moved. Run the "
+        "same command again, or go on from an older checkpoint with --from"
+    )
+
+
 def manifest_text(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """The manifest, which vouches for itself too."""
     body = {"format": FORMAT, "files": {name: dict(entries[name]) for name in sorted(entries)}}
@@ -34,13 +46,16 @@ def read_manifest(path: Path) -> Entries:
 
     Raises:
         DamagedError: the manifest is missing or damaged.
+        UnreadableError: the system refuses to read it.
         UserError: another version of dsmixer wrote it.
     """
     manifest = path / MANIFEST
     try:
         body = json.loads(manifest.read_bytes())
+    except FileNotFoundError as error:
+        raise DamagedError(f"{manifest}: missing") from error
     except OSError as error:
-        raise DamagedError(f"{manifest}: {error.strerror}") from error
+        raise unreadable(manifest, error) from error
     except ValueError as error:
         raise DamagedError(f"{manifest}: not what was saved ({error})") from error
     if isinstance(body, dict) and set(body) == {"tensors.safetensors", STATE}:
@@ -56,7 +71,11 @@ def read_manifest(path: Path) -> Entries:
 
 
 def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file of a checkpoint; None where it is what was saved."""
+    """What is wrong with a file of a checkpoint; None where it is what was saved.
+
+    Raises:
+        UnreadableError: the system refuses to read it.
+    """
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -66,7 +85,7 @@ def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
     except FileNotFoundError:
         return f"{path}: missing"
     except OSError as error:
-        return f"{path}: {error.strerror}"
+        raise unreadable(path, error) from error
     return None
 
 
@@ -83,7 +102,12 @@ def shared_out(entries: Entries, rank: int, size: int) -> list[str]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, naming the file; None if every file is what was saved."""
+    """What is wrong with a checkpoint folder, naming the file; None if every file is what was saved.
+
+    Raises:
+        UnreadableError: the system refuses to read a file.
+        UserError: another version of dsmixer wrote it.
+    """
     try:
         entries = read_manifest(path)
     except DamagedError as error:

@@ -20,6 +20,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the base (default: as in training)"
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("none", "nf4", "fp4"),
+        help="4-bit storage of the base (default: as in training)",
+    )
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
 
 
@@ -65,7 +70,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:
         problem = f"device {device!r} can't be used: {str(error).splitlines()[0]}"
         raise UserError(problem, where="--device", fix="use cpu, or a device that is there") from error
-    model, tokenizer = load_mixture(folder, base=args.base_model, dtype=args.dtype, device=device)
+    model, tokenizer = load_mixture(
+        folder, base=args.base_model, dtype=args.dtype, device=device, quantization=args.quantization
+    )
     if tokenizer is None:
         fix = "save the mixture with its tokenizer, or give a base model that has one (--base-model)"
         raise UserError("there is no tokenizer in the mixture or beside its base", where=str(folder), fix=fix)

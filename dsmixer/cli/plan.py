@@ -101,14 +101,18 @@ def _plan(args: argparse.Namespace, loaded: LoadedRecipe, facts: PoolFacts, shap
     from dsmixer.placement.plan import make_plan
     from dsmixer.training.planning import plan_request
 
-    return make_plan(plan_request(loaded, shape, facts, _cluster(args)))
+    return make_plan(plan_request(loaded, shape, facts, _cluster(args, loaded)))
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
+def _cluster(args: argparse.Namespace, loaded: LoadedRecipe) -> Cluster:
     from dsmixer.placement.request import Cluster
 
     inside, between = args.link_speed
-    return Cluster(args.world_size, args.ranks_per_node, args.device_memory, inside, between)
+    written = loaded.recipe.placement.device_memory_gb
+    memory = (
+        int(written * 2**30) if args.device_memory is None and written is not None else args.device_memory
+    )
+    return Cluster(args.world_size, args.ranks_per_node, memory, inside, between)
 
 
 def _shape(args: argparse.Namespace, loaded: LoadedRecipe) -> ModelShape:

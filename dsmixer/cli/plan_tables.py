@@ -21,6 +21,7 @@ KINDS = (
     "update",
     "start",
     "peak",
+    "host",
 )
 HELP = {
     "optimizer": "moments, float32 copy, θ(0)",
@@ -28,6 +29,7 @@ HELP = {
     "update": "optimizer step, instead of the two above",
     "start": "the most before the first step",
     "peak": "the most at any time",
+    "host": "in the host's memory beside it",
 }
 SHOWN_RANKS = 8
 SHOWN_LAYOUTS = 12

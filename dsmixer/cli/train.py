@@ -15,8 +15,7 @@ from dsmixer.config.checks import check_recipe
 from dsmixer.config.ds_json import merge_ds_config
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import load_recipe
-
-FAILED, STOPPED = 1, 75
+from dsmixer.training.telling import let_go, tell_problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,27 +66,29 @@ def run(args: argparse.Namespace) -> int:
     check_recipe(loaded, args.deepspeed_config)
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings:
-            print(f"dsmixer: {warning}", file=sys.stderr, flush=True)
+            tell_problem(warning)
     from dsmixer.training.progress import quiet_libraries
 
     quiet_libraries()
-    return _train(args, loaded)
+    try:
+        return _train(args, loaded)
+    finally:
+        let_go(sys.stdout)
 
 
 def _train(args: argparse.Namespace, loaded: Any) -> int:
     from dsmixer.training.health import Stopped
-    from dsmixer.training.nonfinite import NonFiniteError
+    from dsmixer.training.leaving import FAILED, SAID, STOPPED
     from dsmixer.training.run import RunRequest, train
-    from dsmixer.training.saving import SaveError
 
     stages = (1, 2) if args.stages == "both" else (int(args.stages),)
     try:
         train(RunRequest(loaded, stages, args.deepspeed_config, args.start_from, args.allow_changes))
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"dsmixer: {stopped}; run the same command again to go on", file=sys.stderr, flush=True)
+            tell_problem(f"{stopped}; run the same command again to go on")
         return STOPPED
-    except (SaveError, NonFiniteError):  # rank 0 has said it
+    except SAID:  # on rank 0
         return FAILED
     except UserError as error:
         raise loaded.located(error) from error

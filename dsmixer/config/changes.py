@@ -26,6 +26,7 @@ LAYOUT = (
     "mixer.compute",
     "stage1.micro_batch_size",
     "stage2.micro_batch_size",
+    "stage2.preserve.origin",
     "placement",
     "deepspeed",
     "checkpoint",
@@ -36,6 +37,10 @@ LAYOUT = (
 
 ROWS = ("gradient_accumulation_steps", "global_batch_size")
 """Keys of a stage that may change where the rows of a step stay as many."""
+
+
+BASE = ("base.model", "base.revision")
+"""Where the base lies: layout as well, if its files are known to be the same."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,13 @@ def recipe_changes(
     mathematics = resolved_differences(saved, loaded.recipe, ignore=may_change)
     layout = [change for change in every if change not in mathematics]
     return Changes(tuple(layout), tuple(mathematics), kept)
+
+
+def names_same_base(changes: Changes) -> Changes:
+    """The changes where the files of the base are those of before: its name is none of the mathematics."""
+    moved = tuple(change for change in changes.mathematics if change.split(": ")[0] in BASE)
+    mathematics = tuple(change for change in changes.mathematics if change not in moved)
+    return dataclasses.replace(changes, layout=(*changes.layout, *moved), mathematics=mathematics)
 
 
 def rows_asked(loaded: LoadedRecipe, name: str, world_size: int) -> int:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from dsmixer.config.batch import accumulation_steps, check_world
+from dsmixer.config.ds_checks import check_ds_config
 from dsmixer.config.ds_json import merge_ds_config, resolved_zero_stage
 from dsmixer.config.errors import UserError
 from dsmixer.config.explain import nearest_key
@@ -44,7 +45,7 @@ def check_recipe(loaded: LoadedRecipe, ds_path: str | None = None) -> None:
         UserError: naming the place of the key, what was found and what to write.
     """
     merged, _ = merge_ds_config(loaded, ds_path)
-    for check in _CHECKS:
+    for check in (*_CHECKS, check_ds_config):
         check(merged)
 
 
@@ -70,10 +71,11 @@ def _check_stages(loaded: LoadedRecipe) -> None:
 
 def _check_base(loaded: LoadedRecipe) -> None:
     base = loaded.recipe.base
-    if base.quantization != "none":
-        where = loaded.where("base.quantization")
+    if base.quantization == "none" and not base.double_quantization:
         raise UserError(
-            f"{base.quantization} is not supported by this version", where=where, fix="write none"
+            "this is about the scales of 4-bit weights, and base.quantization is none",
+            where=loaded.where("base.double_quantization"),
+            fix="remove it, or write base.quantization: nf4",
         )
     if base.attention == "flash_attention_2" and base.dtype == "float32":
         where = loaded.where("base.attention")

@@ -71,7 +71,11 @@ class BaseConfig(Section):
     )
     quantization: Literal["none", "nf4", "fp4"] = Field(
         default="none",
-        description="4-bit storage of the frozen weights; this version refuses anything but none",
+        description="4-bit storage of the frozen linear layers, unpacked to dtype as they are used",
+    )
+    double_quantization: bool = Field(
+        default=True,
+        description="whether the scales of 4-bit weights are stored in 8 bits: 0.52 bytes a weight, not 0.56",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto", description="attention implementation of transformers; auto: its own choice"
@@ -206,6 +210,15 @@ class PlacementConfig(Section):
     expert_parallel_size: Literal["auto"] | Count = Field(
         default="auto", description="ranks over which the experts are spread, in mode tokens"
     )
+    device_memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="memory of a rank's device that is planned with, in GB of 2**30 bytes; null: what a GPU "
+        "has, and no limit on a CPU",
+    )
+    check_memory: bool = Field(
+        default=True,
+        description="whether a run is refused that by its plan does not fit; false: it is only told",
+    )
 
 
 class DeepSpeedConfig(Section):
@@ -250,7 +263,11 @@ class EvaluationConfig(Section):
     max_examples: Count | None = Field(default=None, description="most test examples a domain; null: all")
     generate_max_new_tokens: int = Field(default=64, ge=1, description="longest generated answer, in tokens")
     exact_match: bool = Field(default=True, description="whether answers are generated and compared")
-    batch_size: int = Field(default=8, ge=1, description="examples scored at a time")
+    batch_size: Count | None = Field(
+        default=None,
+        description="examples scored at a time; null: rows of a micro-batch of the last stage, which take no "
+        "more memory than training has",
+    )
 
 
 class HealthConfig(Section):
@@ -269,13 +286,14 @@ class HealthConfig(Section):
         default=600.0,
         gt=0,
         description="seconds without progress after which a rank counts as hung, in the training loop, or "
-        "ten median steps if that is more; also how long ranks wait for each other elsewhere, at least 60",
+        "ten median steps if that is more; also, with half a minute more and at least 60, how long ranks "
+        "wait for each other at the start",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="when a loss, gradient or router is not finite: stop, or skip the step on all ranks",
     )
-    max_skipped: int = Field(default=10, ge=1, description="most steps skipped by one call of the command")
+    max_skipped: int = Field(default=10, ge=1, description="most steps skipped in a run, over all its starts")
     warnings: bool = Field(
         default=True, description="whether loss spikes, dead experts and collapsed routing are warned of"
     )

@@ -10,9 +10,12 @@ from dsmixer.config.recipe import LoadedRecipe, flatten
 SECRETS = (
     re.compile(r"://[^/\s@]*:[^/\s@]+@"),  # a password in an address
     re.compile(r"[?&][\w-]*(token|key|secret|signature|password)[\w-]*=[^&\s]+", re.IGNORECASE),
-    re.compile(r"\b(hf_|gh[opsu]_|github_pat_|sk-|sk-proj-)[A-Za-z0-9]\w{29,}"),
+    re.compile(r"\b(hf_|gh[opsu]_|github_pat_|sk-)[A-Za-z0-9]\w{29,}"),
+    # hyphens too, so both a digit and a capital letter are asked for: no name of a folder has them all
+    re.compile(r"\bsk-(ant|proj|svcacct|admin)-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{30,}"),
     re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}"),
-    re.compile(r"\bAKIA[A-Z0-9]{16}\b"),
+    re.compile(r"\bxox[a-z]-\d[\w-]{9,}"),
+    re.compile(r"\bA[KS]IA[A-Z0-9]{16}\b"),
 )
 
 

@@ -62,6 +62,11 @@ class StageConfig(Section):
     weight_decay: float = Field(
         default=0.0, ge=0, description="decoupled weight decay, times the learning rate a step"
     )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW with the experts' moments in float32 or in 8 bits (routers keep float32); paged: "
+        "in memory that the driver moves to the host when the GPU has too little",
+    )
 
 
 class RouterDataConfig(Section):
@@ -116,6 +121,10 @@ class PreserveConfig(Section):
     )
     experts: Literal["all"] | Annotated[tuple[Name, ...], Strict(False)] = Field(
         default="all", description="all, or a list of the experts that are held"
+    )
+    origin: Literal["device", "host"] = Field(
+        default="device",
+        description="where the stage-one values are kept: beside the moments, or in the memory of the host",
     )
 
 

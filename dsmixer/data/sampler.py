@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dsmixer.config.errors import UserError
 from dsmixer.data.packing import pack
 from dsmixer.data.seeds import generator
 from dsmixer.data.store import TokenStore
 from dsmixer.placement.owners import Slots, pack_slots
 
 EPOCHS_IN_MEMORY = 2
+FOLLOWING = ("slots", "first_epoch")
+"""Of a cursor: what follows from the rest, if nothing else shuffles otherwise."""
 
 ROWS_A_SLOT = 4
 """Least rows of a slot in an epoch: the last row of each is filled in part only."""
@@ -113,22 +114,16 @@ class StepSampler:
         """The cursor to save: the number of the next step to run, and what decides the order of the data."""
         return {"step": step, **self._order}
 
-    def check(self, state: Mapping[str, Any], *, may_differ: bool = False) -> int:
-        """The step to go on with.
+    def differences(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """How the data and their order differ from those of a saved cursor, ``NAME: OLD there, NEW here``.
 
-        Args:
-            state: a saved cursor.
-            may_differ: whether to go on at this step of another order.
-
-        Raises:
-            UserError: the cursor was saved over other data or in another order; names what differs.
+        What follows from the data and the settings is named only where they do not explain it.
         """
-        for name, value in self._order.items():
-            if state.get(name) != value and not may_differ:
-                problem = f"other data or another order: {name} was {state.get(name)!r}, is {value!r}"
-                fix = "restore the data and settings, start a new run, or go on with them by --allow-changes"
-                raise UserError(problem, where="data cursor", fix=fix)
-        return int(state["step"])
+        others = [name for name, value in self._order.items() if state.get(name) != value]
+        told = [name for name in others if name not in FOLLOWING] or others
+        return tuple(
+            f"{name}: {_short(state.get(name))} there, {_short(self._order[name])} here" for name in told
+        )
 
     @cached_property
     def _order(self) -> dict[str, Any]:
@@ -190,6 +185,10 @@ class StepSampler:
         ]
         offset = begin * len(members)
         return np.concatenate(passes)[first - offset : stop - offset]
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
 
 
 class _Stream:

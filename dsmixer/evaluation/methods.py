@@ -24,6 +24,9 @@ MAX_FULL_MATRIX = 16  # experts up to which each is scored on every domain
 # (method, passes done, passes in all)
 Progress = Callable[[str, int, int], None]
 
+BATCH_SIZE = 8
+"""Rows a forward pass, where nothing says how many."""
+
 
 class EvaluationSettings(Protocol):
     """What ``EvaluationConfig`` of a recipe has, and all that is needed of it."""
@@ -35,7 +38,7 @@ class EvaluationSettings(Protocol):
     @property
     def exact_match(self) -> bool: ...
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,14 @@ def _method_rows(
 ) -> list[Row]:
     rows, free = sheet.rows(method.domains), sheet.free_rows(method.domains)
     free = free if settings.exact_match else []
-    tick = _ticker(method.name, [rows, free], settings.batch_size, progress)
+    batch_size = settings.batch_size or BATCH_SIZE
+    tick = _ticker(method.name, [rows, free], batch_size, progress)
     pad = pad_token_id(tokenizer)
     scores = score_rows(
         model,
         sheet,
         rows,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         pad_token_id=pad,
         end_token_id=tokenizer.eos_token_id,
         around=around,
@@ -166,7 +170,7 @@ def _method_rows(
         tokenizer,
         sheet,
         free,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         max_new_tokens=settings.generate_max_new_tokens,
         pad_token_id=pad,
         tick=tick,

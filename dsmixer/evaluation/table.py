@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsmixer.checkpoint import atomic
-from dsmixer.config.errors import UserError
+from dsmixer.config.errors import RefusedError
 
 WIDE = 8  # methods up to which a table has a column for each
 
@@ -87,7 +87,7 @@ def write_evaluation(run_folder: Path, result: Mapping[str, Any]) -> None:
         result: what ``evaluate_mixture`` returns.
 
     Raises:
-        UserError: a file can't be written.
+        RefusedError: a file can't be written.
     """
     write_json(run_folder / "routing.json", result["routing"])
     rest = {key: value for key, value in result.items() if key != "routing"}
@@ -98,9 +98,11 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all.
 
     Raises:
-        UserError: it can't be written.
+        RefusedError: it can't be written.
     """
     try:
         atomic.write_json(Path(path), value, indent=2, allow_nan=True)
     except OSError as error:
-        raise UserError(f"cannot be written: {error}", where=str(path), fix="choose another file") from error
+        raise RefusedError(
+            f"cannot be written: {error}", where=str(path), fix="choose another file"
+        ) from error

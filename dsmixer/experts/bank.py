@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dsmixer.experts.assignment import Assignment
+from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.forms import auto_form, forms
 from dsmixer.experts.init import kaiming_rows, named_generator
 
@@ -107,7 +108,10 @@ class ExpertBank(nn.Module):
         self.lora_A[index, :rank].copy_(lora_a_RD)
         self.lora_B[index, :rank].copy_(lora_b_OR.T)
 
-    def forward(self, x_TD: torch.Tensor, assignment: Assignment) -> torch.Tensor:
-        """The weighted sum of the experts' outputs, ``[T, O]``, in the dtype of ``x_TD``."""
+    def forward(
+        self, x_TD: torch.Tensor, assignment: Assignment, dropout: Dropout | None = None
+    ) -> torch.Tensor:
+        """The weighted sum of the experts' outputs, ``[T, O]``, in the dtype of ``x_TD``, which ``dropout``
+        masks first."""
         form = auto_form if self.compute == "auto" else forms[self.compute]
-        return form(x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment)
+        return form(x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment, dropout)

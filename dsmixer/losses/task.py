@@ -1,14 +1,22 @@
 """The language-model loss as a weighted sum over target tokens.
 
-Shapes: B rows, S positions, V vocabulary.
+Shapes: B rows, S positions, N = B * S, V vocabulary.
 """
 
 from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 IGNORED = -100
+
+BLOCK_ELEMENTS = 2**20
+"""Logits that are made float32 at a time, where the loss does not run as one kernel."""
 
 
 def shift_labels(labels_BS: torch.Tensor) -> torch.Tensor:
@@ -20,16 +28,30 @@ def token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Ten
     """Cross-entropy of each position's next token, ``[B, S]`` nats, 0 where it has no target.
 
     Args:
-        logits_BSV: the model's logits; computed on in float32 (float64 stays).
+        logits_BSV: the model's logits, kept as they are; computed on in float32, some rows at a time
+            (float64 stays, and is computed at once).
         labels_BS: the token at each position, -100 where it is no target.
     """
-    if logits_BSV.dtype != torch.float64:
-        logits_BSV = logits_BSV.float()
     targets_BS = shift_labels(labels_BS)
-    losses = F.cross_entropy(
-        logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    losses = _row_losses(logits_BSV.flatten(0, 1), targets_BS.flatten())
     return losses.view_as(targets_BS)
+
+
+def _row_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row; neither float32 logits nor their softmax are made or kept as a whole."""
+    if logits_NV.dtype == torch.float64:
+        return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
+    rows = max(1, BLOCK_ELEMENTS // logits_NV.shape[1])
+    return _chunked()(logits_NV, targets_N, ignore_index=IGNORED, reduction="none", block_rows=rows)
+
+
+@cache
+def _chunked() -> Callable[..., torch.Tensor]:
+    # the first import of deepspeed may write to standard output, where a program reads our JSON
+    with contextlib.redirect_stdout(sys.stderr):
+        from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+    found: Callable[..., torch.Tensor] = chunked_cross_entropy
+    return found
 
 
 def per_expert_weights(expert_ids_BS: torch.Tensor, target_counts_E: torch.Tensor) -> torch.Tensor:

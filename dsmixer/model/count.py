@@ -40,6 +40,10 @@ class WeightCounts:
 
 
 def _num_weights(parameter: nn.Parameter) -> int:
+    # a weight in 4 bits has several in each element, and knows how many it was made of
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
     # a parameter that ZeRO-3 has partitioned is empty here and knows its whole size
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dsmixer.config.errors import UserError
 from dsmixer.config.schema import BaseConfig
+from dsmixer.model.quantized import check_stored_form, freeze_packed, loading_config
 from dsmixer.model.targets import PACKABLE
+from dsmixer.placement.groups import cut_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -44,13 +47,24 @@ class LoadedBase:
     zero3_config: HfDeepSpeedConfig | None
 
 
-def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -> LoadedBase:
+def load_base(
+    base: BaseConfig,
+    *,
+    packing: bool = False,
+    zero3: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> LoadedBase:
     """Load model and tokenizer, never running code that comes with them.
+
+    Under ZeRO-3 each rank keeps only its part of every weight: in 16 or 32 bits it never has more than that
+    and one whole weight; in 4 bits, which transformers does not shard as it loads, it has the whole packed
+    base for a moment. Nowhere does a base in 4 bits stand unpacked but for one weight at a time.
 
     Args:
         base: the recipe's section.
         packing: whether rows will hold several examples, which the model must be able to keep apart.
-        zero3: load under ``zero.Init``, so that each rank keeps only its part of every weight.
+        zero3: the ``zero_optimization`` block of the engine to come, if that is of stage 3.
+        device: where the model goes; None: the CPU. Under ZeRO-3 the rank's own device.
 
     Raises:
         UserError: the model is not there, of a kind that can't be trained here, or has no tokenizer.
@@ -59,17 +73,27 @@ def load_base(base: BaseConfig, *, packing: bool = False, zero3: bool = False) -
     _check_kind(config, base)
     _check_packing(config, packing)
     tokenizer = load_tokenizer(base.model, base.revision)
-    zero3_config = _sharded_loading(base) if zero3 else None
+    device, dtype = device or torch.device("cpu"), DTYPES[base.dtype]
+    four_bit = base.quantization != "none"
+    shard = zero3 is not None and not four_bit
+    zero3_config = _sharded_loading(base, zero3) if zero3 is not None and shard else None
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": False}
     if base.attention != "auto":
         options["attn_implementation"] = base.attention
-    if not zero3:
-        options["dtype"] = DTYPES[base.dtype]
+    if not shard:
+        # straight to its device, weight by weight; a packed weight must not be moved afterwards
+        options |= {"dtype": dtype, "device_map": {"": device}}
+    if four_bit and getattr(config, "quantization_config", None) is None:
+        options["quantization_config"] = loading_config(base.quantization, base.double_quantization, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(base.model, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unloadable(base, error) from error
-    _check_dtypes(model, DTYPES[base.dtype])
+    if four_bit:
+        freeze_packed(model, dtype)
+    _check_dtypes(model, dtype)
+    if four_bit and zero3 is not None:
+        cut_weights(model, _sharded_config(base, zero3))
     if base.activation_checkpointing:
         checkpoint_activations(model)
     return LoadedBase(model, tokenizer, zero3_config)
@@ -178,21 +202,23 @@ def _check_kind(config: Any, base: BaseConfig) -> None:
             where=where,
             fix="choose a causal language model with attention",
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            "this model's weights are quantised already", where=where, fix="choose its unquantised weights"
-        )
+    check_stored_form(config, base)
 
 
-def _sharded_loading(base: BaseConfig) -> HfDeepSpeedConfig:
-    # transformers hands zero.Init no dtype: it takes bf16 from here, and float32 without it
-    return HfDeepSpeedConfig(
-        {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3},
-            "bf16": {"enabled": base.dtype == "bfloat16"},
-        }
-    )
+def _sharded_loading(base: BaseConfig, zero3: Mapping[str, Any]) -> HfDeepSpeedConfig:
+    return HfDeepSpeedConfig(_sharded_config(base, zero3))
+
+
+def _sharded_config(base: BaseConfig, zero3: Mapping[str, Any]) -> dict[str, Any]:
+    """What cuts the base: not the engine's own configuration, for the base has types of its own."""
+    # the frozen base is cut once, here: where its parts live must be known already
+    offload = {key: zero3[key] for key in ("offload_param",) if key in zero3}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, **offload},
+        # transformers hands zero.Init no dtype: it takes bf16 from here, and float32 without it
+        "bf16": {"enabled": base.dtype == "bfloat16"},
+    }
 
 
 def _check_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:

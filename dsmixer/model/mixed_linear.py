@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dsmixer.experts.bank import ExpertBank
+from dsmixer.experts.dropout import Dropout, drop
 from dsmixer.placement.exchange import Dispatched, Exchange, LocalExchange
 from dsmixer.routing.context import RoutingContext
 from dsmixer.routing.router import Router
@@ -68,15 +68,21 @@ class MixedLinear(nn.Module):
         shared_input = x if self.shared else None
         assignment = context.assign(router, self.router_index, x_TD, shared_input=shared_input)
 
-        def dispatch() -> Dispatched:
-            dropped_TD = F.dropout(x_TD, self.dropout) if self.training and self.dropout else x_TD
-            return self.exchange.dispatch(dropped_TD, assignment)
+        travels = self.exchange.travels and not assignment.here
 
-        # one exchange serves a block; where nothing travels, each projection drops inputs by itself
-        travels = self.shared and self.exchange.travels
-        sent = context.once_a_block(assignment, dispatch) if travels else dispatch()
-        delta_TO = self.exchange.combine(self.bank(sent.x_MD, sent.assignment), sent)
+        def dispatch() -> Dispatched:
+            sent_TD = drop(x_TD, self._draw_dropout()) if travels else x_TD
+            return self.exchange.dispatch(sent_TD, assignment)
+
+        # one exchange serves a block; where nothing travels, each projection drops inputs by itself, and its
+        # form keeps the input that the block shares instead of a dropped copy
+        sent = context.once_a_block(assignment, dispatch) if travels and self.shared else dispatch()
+        dropout = None if travels else self._draw_dropout()
+        delta_TO = self.exchange.combine(self.bank(sent.x_MD, sent.assignment, dropout), sent)
         return y + delta_TO.view_as(y)
+
+    def _draw_dropout(self) -> Dropout | None:
+        return Dropout.draw(self.dropout) if self.training and self.dropout else None
 
     def __getattr__(self, name: str) -> Any:
         # transformers asks projections for their weight's dtype or device, and for in_features

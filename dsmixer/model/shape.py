@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from dsmixer.model.quantized import packed_weights
 from dsmixer.model.targets import find_targets, is_projection, projection_widths
 from dsmixer.placement.request import LayerShape, ModelShape, Projection, parameter_sizes
 
 
-def model_shape(model: nn.Module, targets: Sequence[str]) -> ModelShape:
+def model_shape(model: PreTrainedModel, targets: Sequence[str]) -> ModelShape:
     """What a plan needs of a base model, before mixers are attached.
 
     Args:
@@ -25,14 +26,8 @@ def model_shape(model: nn.Module, targets: Sequence[str]) -> ModelShape:
     projections = tuple(Projection(t.in_features, t.out_features, t.block) for t in found)
     # a weight that two modules share stands once among the parameters, and so once here
     numels = [parameter.numel() for parameter in model.parameters()]
-    return ModelShape(parameter_sizes(numels), _quantizable(model), projections, layer_shape(model))
-
-
-def _quantizable(model: Any) -> int:
-    """Weights of all linear layers but the output head, which 4-bit loading leaves as it is."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    layers = [m for m in model.modules() if is_projection(m) and m is not head]
-    return sum(projection.weight.numel() for projection in layers)
+    quantizable = parameter_sizes([weight.numel() for weight in packed_weights(model)])
+    return ModelShape(parameter_sizes(numels), quantizable, projections, layer_shape(model))
 
 
 def layer_shape(model: Any) -> LayerShape:

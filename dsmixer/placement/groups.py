@@ -90,7 +90,10 @@ def gradients(engine: Any, of: list[Shard]) -> list[list[torch.Tensor]]:
     if zero_stage(engine) == 0:
         return [[_grad_or_zero(shard)] for shard in of]
     if _offloads(engine.optimizer):
-        # DeepSpeed has put them beside the offloaded partitions already
+        # DeepSpeed has put them beside the offloaded partitions, once its copies from the device have ended
+        wait = getattr(engine.optimizer, "_wait_for_offload_copies", None)
+        if wait is not None:
+            wait()
         return [[_run_of_gradient(shard, piece) for piece in shard.pieces] for shard in of]
     found = []
     for i, shard in enumerate(of):

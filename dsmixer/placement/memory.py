@@ -10,8 +10,13 @@ Held, with 4 bytes a weight that trains:
 deepspeed 0.19.8 means to spare ZeRO-3 that copy where the weights are float32 already, but compares a device
 with its name, which is never equal: the copy is always made, and ``tests/dist/test_plan_bytes.py`` sees it.
 
-θ(0) of the preserve term is cut like the moments. In ``tokens`` a rank holds its own experts, and ZeRO cuts
+θ(0) of the preserve term is cut like the moments. 8-bit moments take 1 + 4/256 bytes a weight of an expert
+instead of 4; the routers' stay. In ``tokens`` a rank holds its own experts, and ZeRO cuts
 those over the EDP ranks that hold the same ones, routers and base over all.
+
+On the host are what DeepSpeed is told to keep there (``offload_optimizer``: float32 copies, moments, θ(0),
+gradients and buffers; ``offload_param``: the parts of weights under ZeRO-3), θ(0) with
+``preserve.origin: host``, and moments that are paged, which may go there.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from functools import cached_property
 from dsmixer.placement.activations import activation_bytes, working_bytes
 from dsmixer.placement.copies import Copies, copies_of
 from dsmixer.placement.owners import Owners
-from dsmixer.placement.request import FLOAT32, FOUR_BIT, PlanRequest, StageShape
+from dsmixer.placement.request import EIGHT_BIT, FLOAT32, SCALE_BYTES, PlanRequest, StageShape
 
 COPYING_STAGES = (1, 2, 3)
 """The ZeRO stages that keep a float32 copy of what trains beside the weights themselves."""
@@ -95,6 +100,7 @@ class RankBytes:
         update: in the optimizer step, when activations and buffers are gone; before it, the gradient of an
             expert with several owners.
         start: the most before the first step: loading the base, making the experts, starting the engine.
+        host: in the memory of the host, from step to step.
     """
 
     base: int
@@ -106,6 +112,7 @@ class RankBytes:
     buffers: int
     update: int
     start: int
+    host: int = 0
     peak: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,52 +167,133 @@ def rank_bytes(
     held, copies = layout.held[place], layout.copies(request, stage)
     arriving = None if copies is None else copies.arriving(place)
     experts, routers = _experts(request, layout, held, stage), _routers(request, stage)
-    zero, limit = layout.zero_stage, request.engine.persistence
-    whole = FLOAT32 * (experts.whole + routers.whole)
-    weights = [FLOAT32 * (t.cut_but(limit) if zero == 3 else t.whole) for t in (experts, routers)]
+    zero = layout.zero_stage
     trained = [t for t in (experts, routers) if t.trains]
+    offloads = "optimizer" in request.offload and zero > 0
+    parts = _weights(request, layout, experts, routers)
     gradients = FLOAT32 * sum(t.cut if zero >= 2 else t.whole for t in trained)
-    copied = 2 + (zero in COPYING_STAGES) + stage.keeps_origin
-    states = FLOAT32 * sum(t.whole if zero == 0 else t.cut for t in trained)
+    states = _states(layout, stage, experts, routers)
+    away = {name for name in states if offloads or _on_host(stage, name)}
     # under ZeRO-3 each bank is cut as soon as it is made; ZeRO-1/2 copies what trains to one flat tensor
-    making = sum(weights) + FLOAT32 * largest_bank(request, held) if zero == 3 else whole
+    whole = FLOAT32 * (experts.whole + routers.whole)
+    making = parts.experts + parts.routers + FLOAT32 * largest_bank(request, held) if zero == 3 else whole
     flat = FLOAT32 * sum(t.whole for t in trained) if zero in (1, 2) else 0
     shared = stage.trains_experts and layout.shared_with(request.cluster.world_size)[place]
     adding_up = FLOAT32 * expert_weights(request, 1) if shared else 0
     return RankBytes(
-        base=base_bytes(request, layout),
-        experts=weights[0],
-        routers=weights[1],
-        gradients=gradients,
-        optimizer=copied * states,
+        base=parts.base,
+        experts=parts.experts,
+        routers=parts.routers,
+        gradients=0 if offloads and zero > 1 else gradients,
+        optimizer=sum(numbers for name, numbers in states.items() if name not in away),
         activations=activation_bytes(request, stage, arriving),
-        buffers=working_bytes(request, stage, held, arriving) + _buffers(request, layout, held, trained),
-        update=max(_update(request, layout, trained), adding_up),
-        start=load_bytes(request, layout) + making + flat,
+        buffers=max(working_bytes(request, stage, held, arriving), unpacked_bytes(request))
+        + _buffers(request, layout, held, trained),
+        update=0 if offloads else max(_update(request, layout, trained), adding_up),
+        start=parts.loading + making + flat,
+        host=parts.host + sum(states[name] for name in away) + _offloaded(layout, stage, trained, offloads),
     )
 
 
-def base_bytes(request: PlanRequest, layout: Layout) -> int:
-    """The frozen base on one rank; 4-bit weights are whole on every rank, whatever the ZeRO stage."""
-    b, model = request.base_bytes, request.model
-    if request.four_bit:
-        packed = int(model.quantizable * FOUR_BIT)
-        rest = b * (model.num_weights - model.quantizable)
-        return packed + (-(-rest // request.cluster.world_size) if layout.zero_stage == 3 else rest)
+def _offloaded(layout: Layout, stage: StageShape, trained: list[_Tensors], offloads: bool) -> int:
+    """What an offloaded optimizer takes on the host beside its own state.
+
+    Gradients, which ZeRO-3 keeps twice; under ZeRO-1 and 2 the updated weights on their way back and one
+    whole gradient; and under ZeRO-2 the gradients of the micro-batches before.
+    """
+    if not offloads or not trained:
+        return 0
+    cut = sum(t.cut for t in trained)
+    if layout.zero_stage == 3:
+        return FLOAT32 * 2 * cut
+    largest = max(numel for t in trained for numel, _ in t.sizes)
+    before = layout.zero_stage == 2 and stage.accumulation > 1
+    return FLOAT32 * (cut * (2 + before) + largest)
+
+
+def _states(layout: Layout, stage: StageShape, experts: _Tensors, routers: _Tensors) -> dict[str, int]:
+    """Bytes of what the optimizer keeps: ``copy``, ``moments`` and ``origin``."""
+    zero = layout.zero_stage
+    numbers = {t: t.whole if zero == 0 else t.cut for t in (experts, routers) if t.trains}
+    both = sum(numbers.values())
+    moment = EIGHT_BIT if stage.eight_bit else FLOAT32
+    return {
+        "copy": FLOAT32 * both * (zero in COPYING_STAGES),
+        "moments": int(2 * (moment * numbers.get(experts, 0) + FLOAT32 * numbers.get(routers, 0))),
+        "origin": FLOAT32 * both * stage.keeps_origin,
+    }
+
+
+def _on_host(stage: StageShape, state: str) -> bool:
+    return (state == "moments" and stage.paged) or (state == "origin" and stage.origin_on_host)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of weights on the device, at most while the base is loaded, and on the host."""
+
+    base: int
+    experts: int
+    routers: int
+    loading: int
+    host: int = 0
+
+
+def _weights(request: PlanRequest, layout: Layout, experts: _Tensors, routers: _Tensors) -> _Parts:
+    base, loading, limit = (
+        base_bytes(request, layout),
+        load_bytes(request, layout),
+        request.engine.persistence,
+    )
     if layout.zero_stage < 3:
-        return b * model.num_weights
-    cut = _Tensors(model.parameters, request.cluster.world_size, trains=False)
-    return b * cut.cut_but(request.engine.persistence)
+        return _Parts(base, FLOAT32 * experts.whole, FLOAT32 * routers.whole, loading)
+    parts = _Parts(base, FLOAT32 * experts.cut_but(limit), FLOAT32 * routers.cut_but(limit), loading)
+    if "parameters" not in request.offload:
+        return parts
+    # small ones and the scales of packed ones stay on the device; a packed base goes over it as it loads
+    stored = _stored_base(request)
+    small = [FLOAT32 * (t.cut_but(limit) - t.cut) for t in (experts, routers)]
+    kept = request.base_bytes * (stored.cut_but(limit) - stored.cut) + _scale_bytes(request)
+    host = request.base_bytes * stored.cut + FLOAT32 * (experts.cut + routers.cut)
+    return _Parts(kept, small[0], small[1], loading if request.four_bit else loading - base + kept, host)
+
+
+def base_bytes(request: PlanRequest, layout: Layout) -> int:
+    """The frozen base on one rank; of 4-bit weights ZeRO-3 cuts all but the scales."""
+    stored, scales = _stored_base(request), _scale_bytes(request)
+    if layout.zero_stage < 3:
+        return request.base_bytes * stored.whole + scales
+    return request.base_bytes * stored.cut_but(request.engine.persistence) + scales
 
 
 def load_bytes(request: PlanRequest, layout: Layout) -> int:
-    """The base's most while it is loaded: under ZeRO-3 shard by shard, with one whole parameter at a time."""
+    """The base's most while it is loaded.
+
+    Under ZeRO-3 it comes shard by shard, with one whole parameter at a time. In 4 bits it is whole on every
+    rank for a moment, whatever the ZeRO stage, with one weight that is not packed yet.
+    """
     if request.four_bit:
-        rest = request.model.num_weights - request.model.quantizable
-        return int(request.model.quantizable * FOUR_BIT) + request.base_bytes * rest
+        return (
+            request.base_bytes * _stored_base(request).whole + _scale_bytes(request) + unpacked_bytes(request)
+        )
     largest = max(numel for numel, _ in request.model.parameters)
     in_flight = request.base_bytes * largest if layout.zero_stage == 3 else 0
     return base_bytes(request, layout) + in_flight
+
+
+def _stored_base(request: PlanRequest) -> _Tensors:
+    return _Tensors(request.stored_sizes, request.cluster.world_size, trains=False)
+
+
+def _scale_bytes(request: PlanRequest) -> int:
+    packed = sum(numel * count for numel, count in request.model.quantizable) if request.four_bit else 0
+    return int(SCALE_BYTES[request.double_quantization] * packed)
+
+
+def unpacked_bytes(request: PlanRequest) -> int:
+    """The largest 4-bit weight where it is multiplied; 0 for a base that is not in 4 bits."""
+    sizes = [numel for numel, _ in request.model.quantizable] if request.four_bit else []
+    return request.base_bytes * max(sizes, default=0)
 
 
 def expert_weights(request: PlanRequest, held: int) -> int:
@@ -253,7 +341,7 @@ def _buffers(request: PlanRequest, layout: Layout, held: int, trained: list[_Ten
 
 def gathered_bytes(request: PlanRequest, held: int) -> int:
     """Weights that ZeRO-3 may keep gathered: as many as DeepSpeed allows, and at least the largest mixer."""
-    base = 0 if request.four_bit else request.model.num_weights
+    base = _stored_base(request).whole
     experts = expert_weights(request, held) + router_weights(request)
     live = min(1.0, (request.engine.max_live + request.engine.prefetch) / max(1, base + experts))
     largest = max((p.in_features + p.out_features for p in request.model.projections), default=0)

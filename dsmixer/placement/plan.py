@@ -140,9 +140,9 @@ def _notes(request: PlanRequest, chosen: Candidate) -> list[str]:
             f"mixer.router: per_block is worth it: E = {experts} > D/8 = {narrowest / ROUTER_SHARE:g}, and "
             f"the routers weigh {weights:,} ({weights * FLOAT32 / 1e9:,.2f} GB)"
         )
-    if request.four_bit:
+    if request.four_bit and chosen.layout.zero_stage == 3:
         notes.append(
-            "a 4-bit base is whole on every rank, whatever the ZeRO stage; this version does not load one yet"
+            "a 4-bit base is whole on every rank while it is loaded; ZeRO-3 cuts it then, but for its scales"
         )
     if chosen.fits is False and request.cluster.device_memory is not None:
         notes.append(

@@ -55,11 +55,17 @@ def _lighter(request: PlanRequest) -> Iterator[Change]:
     if request.pool.router == "per_projection" and any(s.top_k is not None for s in request.stages):
         pool = replace(request.pool, router="per_block")
         yield "mixer.router: per_block", replace(request, pool=pool)
+    if any(stage.trains_experts and not stage.eight_bit for stage in request.stages):
+        stages = tuple(
+            replace(s, eight_bit=s.trains_experts, origin_on_host=s.keeps_origin) for s in request.stages
+        )
+        host = ", stage2.preserve.origin: host" if any(s.keeps_origin for s in request.stages) else ""
+        yield f"optimizer: adamw_8bit{host}", replace(request, stages=stages)
     if any(stage.keeps_origin for stage in request.stages):
         stages = tuple(replace(s, trains_experts=s.top_k is None, keeps_origin=False) for s in request.stages)
         yield "stage2.experts: frozen", replace(request, stages=stages)
     if not request.four_bit:
-        yield "base.quantization: nf4 (not in this version)", replace(request, four_bit=True)
+        yield "base.quantization: nf4", replace(request, four_bit=True)
 
 
 def _other_layouts(request: PlanRequest) -> Iterator[Change]:

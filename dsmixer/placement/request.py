@@ -17,11 +17,15 @@ ZERO_STAGES = {"replicate": (0, 1, 2), "weights": (3,), "tokens": (1, 2, 3)}
 """The ZeRO stages that go with each mode."""
 
 FLOAT32 = 4
+EIGHT_BIT = 1 + 4 / 256
+"""Bytes of a moment in 8 bits, with one float32 scale a block of 256."""
+
 RANK_MULTIPLE = 8
 """To which the stacked banks pad the rank, as ``experts.bank`` does."""
 
-FOUR_BIT = 0.5 + 4 / 64
-"""Bytes of a weight in 4 bits, with one float32 scale a block of 64, as bitsandbytes stores it."""
+SCALE_BYTES = {False: 4 / 64, True: 1 / 64 + 4 / (64 * 256)}
+"""Bytes of scales for a weight in 4 bits, as bitsandbytes stores them: one scale a block of 64 weights, in
+float32 or, quantised twice, in 8 bits with a float32 scale for 256 of them."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,13 @@ class ModelShape:
 
     Attributes:
         parameters: weights of a frozen parameter, and how many parameters have that many.
-        quantizable: weights of the linear layers that a 4-bit loading packs (all but the output head).
+        quantizable: the same of the linear layers that a 4-bit loading packs (all but the output head).
         projections: those with a mixer.
         layer: for the activations.
     """
 
     parameters: tuple[tuple[int, int], ...]
-    quantizable: int
+    quantizable: tuple[tuple[int, int], ...]
     projections: tuple[Projection, ...]
     layer: LayerShape
 
@@ -161,6 +165,9 @@ class StageShape:
         keeps_origin: whether the stage-one values are kept for the preserve term.
         top_k: K; None in stage one, where no router is asked.
         every_expert: whether all experts answer every token (``soft``, ``hard_soft``, ``top_p``).
+        eight_bit: whether the experts' moments are kept in 8 bits.
+        paged: whether moments are in memory that moves to the host.
+        origin_on_host: whether the stage-one values are kept there.
     """
 
     name: str
@@ -172,6 +179,9 @@ class StageShape:
     keeps_origin: bool = False
     top_k: int | None = None
     every_expert: bool = False
+    eight_bit: bool = False
+    paged: bool = False
+    origin_on_host: bool = False
 
     @property
     def tokens(self) -> int:
@@ -222,7 +232,8 @@ class PlanRequest:
         cluster: the ranks.
         stages: those that run, in order.
         base_bytes: of a base weight, and of an activation: 2 or 4.
-        four_bit: whether the base is stored in 4 bits.
+        four_bit: whether the base's linear layers are stored in 4 bits.
+        double_quantization: whether their scales are stored in 8 bits then.
         checkpointing: whether a layer's activations are computed again in the backward pass.
         dropout: whether experts' inputs are dropped.
         engine: of DeepSpeed's buffers.
@@ -230,6 +241,7 @@ class PlanRequest:
         zero_stage: None or the one asked for.
         expert_parallel_size: None or the one asked for.
         slots: in which stage one draws the experts' data; None: of the pool's tokens, one a rank.
+        offload: which of ``optimizer`` and ``parameters`` DeepSpeed keeps on the host.
     """
 
     model: ModelShape
@@ -238,6 +250,7 @@ class PlanRequest:
     stages: tuple[StageShape, ...]
     base_bytes: int = 2
     four_bit: bool = False
+    double_quantization: bool = True
     checkpointing: bool = False
     dropout: bool = False
     engine: EngineSizes = field(default_factory=EngineSizes)
@@ -245,6 +258,18 @@ class PlanRequest:
     zero_stage: int | None = None
     expert_parallel_size: int | None = None
     slots: Slots | None = None
+    offload: frozenset[str] = frozenset()
+
+    @property
+    def stored_sizes(self) -> tuple[tuple[int, int], ...]:
+        """As ``model.parameters``, in elements of the base's type: one holds several 4-bit weights."""
+        sizes = Counter(dict(self.model.parameters))
+        if self.four_bit:
+            in_each = 2 * self.base_bytes
+            for numel, count in self.model.quantizable:
+                sizes[numel] -= count
+                sizes[-(-numel // in_each)] += count
+        return tuple(sorted((+sizes).items()))
 
     @property
     def dispatches(self) -> list[int]:

@@ -169,7 +169,7 @@ def _zero3_traffic(request: PlanRequest, layout: Layout, stage: StageShape) -> t
     rows = layout.most_held * request.pool.rank
     banks = [(rows * w, 1) for p in model.projections for w in (p.in_features, p.out_features)]
     routers = [(request.pool.num_experts * width, 1) for width in model.router_widths(request.pool.router)]
-    own = () if request.four_bit else model.parameters
+    own = request.stored_sizes
     asked = stage.top_k is not None  # stage one asks no router
     gathered = [*own, *banks, *(routers if asked else ())]
     again = _gathered_again(request, layout, stage, sum(numel * count for numel, count in gathered))
@@ -203,7 +203,7 @@ def _embedding(request: PlanRequest) -> int:
     """Weights of the input embedding, where no output head shares them."""
     layer = request.model.layer
     numel = layer.vocabulary * layer.hidden
-    alone = dict(request.model.parameters).get(numel, 0) > 1 and not request.four_bit
+    alone = dict(request.model.parameters).get(numel, 0) > 1
     return numel if alone and numel > request.engine.persistence else 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,29 @@ class Choice:
 def _top(p_TE: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
     weights_TK, indices_TK = p_TE.topk(min(routing.top_k, p_TE.shape[1]), dim=1)
     if routing.renormalize:
-        weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
+        weights_TK = renormalized(weights_TK)
     return indices_TK, weights_TK
+
+
+def renormalized(weights_TK: torch.Tensor) -> torch.Tensor:
+    """With sum 1 for each token; kept are the result, which a form keeps too, and one number a token."""
+    divided_TK: torch.Tensor = _Renormalized.apply(weights_TK)
+    return divided_TK
+
+
+class _Renormalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights_TK: torch.Tensor) -> torch.Tensor:
+        sum_T1 = weights_TK.sum(1, keepdim=True)
+        divided_TK = weights_TK / sum_T1
+        ctx.save_for_backward(divided_TK, sum_T1)
+        return divided_TK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        divided_TK, sum_T1 = ctx.saved_tensors
+        (g_TK,) = grads
+        return (g_TK - (g_TK * divided_TK).sum(1, keepdim=True)) / sum_T1
 
 
 def topk(p_TE: torch.Tensor, routing: Routing) -> Choice:
@@ -72,26 +94,27 @@ def topk(p_TE: torch.Tensor, routing: Routing) -> Choice:
 
 def soft(p_TE: torch.Tensor, routing: Routing) -> Choice:
     """Every expert with weight p."""
-    indices_TK, weights_TK = _top(p_TE, routing)
+    indices_TK, weights_TK = _top(p_TE.detach(), routing)
     return Choice(indices_TK, weights_TK, gate_TE=p_TE)
 
 
 def hard_soft(p_TE: torch.Tensor, routing: Routing) -> Choice:
     """Forward as ``topk``, gradient as ``soft``: ``w = stop(w_topk - p) + p``."""
-    indices_TK, weights_TK = _top(p_TE, routing)
+    indices_TK, weights_TK = _top(p_TE.detach(), routing)
     top_TE = torch.zeros_like(p_TE).scatter(1, indices_TK, weights_TK)
-    return Choice(indices_TK, weights_TK, gate_TE=(top_TE - p_TE).detach() + p_TE)
+    return Choice(indices_TK, weights_TK, gate_TE=top_TE - p_TE.detach() + p_TE)
 
 
 def top_p(p_TE: torch.Tensor, routing: Routing) -> Choice:
     """The fewest largest experts whose probabilities together reach ``top_p``."""
-    sorted_TE, order_TE = p_TE.sort(dim=1, descending=True)
-    before_TE = F.pad(sorted_TE.cumsum(1)[:, :-1], (1, 0))
-    kept_TE = sorted_TE * (before_TE < routing.top_p)
+    with torch.no_grad():
+        sorted_TE, order_TE = p_TE.sort(dim=1, descending=True)
+        before_TE = F.pad(sorted_TE.cumsum(1)[:, :-1], (1, 0))
+        reached_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter(1, order_TE, before_TE < routing.top_p)
+    gate_TE = p_TE * reached_TE
     if routing.renormalize:
-        kept_TE = kept_TE / kept_TE.sum(1, keepdim=True)
-    gate_TE = torch.zeros_like(p_TE).scatter(1, order_TE, kept_TE)
-    return Choice(order_TE, kept_TE, gate_TE=gate_TE)
+        gate_TE = renormalized(gate_TE)
+    return Choice(order_TE, gate_TE.detach().gather(1, order_TE), gate_TE=gate_TE)
 
 
 modes: dict[str, Callable[[torch.Tensor, Routing], Choice]] = {

@@ -6,6 +6,7 @@ Shapes: M routers, E experts, G domains, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -39,7 +40,22 @@ class RouterOutput:
 
     def entropy_T(self) -> torch.Tensor:
         """``H(p(x))`` of each token, nats."""
-        return -(self.p_TE * torch.log_softmax(self.logits_TE, dim=1)).sum(1)
+        entropy_T: torch.Tensor = _Entropy.apply(self.p_TE)
+        return entropy_T
+
+
+class _Entropy(torch.autograd.Function):
+    """Of p alone, which the softmax keeps anyway; where p is 0, it stays finite."""
+
+    @staticmethod
+    def forward(ctx: Any, p_TE: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(p_TE)
+        return torch.special.entr(p_TE).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (p_TE,) = ctx.saved_tensors
+        return -grads[0][:, None] * (1 + p_TE.clamp_min(torch.finfo(p_TE.dtype).tiny).log())
 
 
 @dataclass
@@ -126,8 +142,9 @@ class RoutingStatistics:
             smooth_TE = torch.softmax(output.logits_TE.detach().float() / self.smooth_temperature, dim=1)
             self.smooth_ME[router] += output.token_sum(smooth_TE)
         if self.num_domains and domains_T is not None:
-            real_T = domains_T >= 0
-            self.domain_MGE[router].index_add_(0, domains_T[real_T], first_TE[real_T])
+            # picking the real tokens out would make the host wait for a device
+            real_TE = first_TE * (domains_T >= 0)[:, None]
+            self.domain_MGE[router].index_add_(0, domains_T.clamp_min(0), real_TE)
 
     def usage(self, kind: str) -> torch.Tensor:
         """``f̄ [M, E]`` that RSL wants: ``topk`` mean renormalised weight, ``top1`` frequency, ``smooth``.

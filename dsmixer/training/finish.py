@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from dsmixer.adapters.mixture_folder import save_mixture
 from dsmixer.checkpoint.atomic import write_text
+from dsmixer.config.schema import Recipe
 from dsmixer.evaluation.methods import evaluate_mixture
 from dsmixer.evaluation.table import print_evaluation, write_evaluation
 from dsmixer.model.load import LoadedBase
@@ -18,6 +20,7 @@ from dsmixer.training.engine import StageEngine
 from dsmixer.training.progress import console, print_summary
 from dsmixer.training.saving import whole_weights
 from dsmixer.training.stage_run import RunState
+from dsmixer.training.telling import lossy
 from dsmixer.training.world import once
 
 Tensors = dict[str, torch.Tensor]
@@ -30,17 +33,23 @@ def finish_run(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
     """
     weights = whole_weights(state.mixture)
     facts = _facts(state)
+    state.pulse.enter("publishing")
+    state.keep_lock()
     _publish(state, base, weights, facts)
     if not state.loaded.recipe.stage2.enabled:
         state.say("stage two was not enabled: the routers are as they started, and choose at random")
     if not any(domain.test for domain in state.data.domains):
         state.say("no domain has a test part: nothing was evaluated")
     elif state.loaded.recipe.evaluation.enabled:
+        state.pulse.enter("evaluating")
         result = _evaluate(state, base, engine)
+        state.pulse.enter("publishing")
         _publish(state, base, weights, {**facts, "evaluation": result})
+    state.pulse.enter("writing the report")
+    state.keep_lock()
     report = once(state.world, lambda: str(build_report(state.folder.path)))
     if state.world.rank == 0:
-        print_summary(_stage_rows(state), title="training")
+        print_summary(_stage_rows(state), title="training", file=lossy(sys.stdout))
     state.say(f"mixture: {state.folder.mixture}\nreport:  {report}")
     once(state.world, lambda: write_text(state.folder.finished_mark, "done\n"))
 
@@ -94,6 +103,12 @@ def _facts(state: RunState) -> dict[str, Any]:
     return {"domains": domains}
 
 
+def _rows(recipe: Recipe) -> int:
+    """Of a forward pass of the evaluation."""
+    last = recipe.stage2 if recipe.stage2.enabled else recipe.stage1
+    return recipe.evaluation.batch_size or last.micro_batch_size
+
+
 def _evaluate(state: RunState, base: LoadedBase, engine: StageEngine) -> dict[str, Any]:
     recipe = state.loaded.recipe
     state.say("evaluating on the test data")
@@ -101,11 +116,12 @@ def _evaluate(state: RunState, base: LoadedBase, engine: StageEngine) -> dict[st
         engine.engine,
         base.tokenizer,
         state.data.domains,
-        recipe.evaluation,
+        recipe.evaluation.model_copy(update={"batch_size": _rows(recipe)}),
         max_length=recipe.data.max_length,
         seed=recipe.run.seed,
     )
+    state.keep_lock()
     once(state.world, lambda: write_evaluation(state.folder.path, result))
     if state.world.rank == 0:
-        print_evaluation(result, console())
+        print_evaluation(result, console(lossy(sys.stdout)))
     return result

@@ -1,8 +1,10 @@
-"""A heartbeat beside the collectives: a rank that dies, stops or hangs ends the whole job, with its name.
+"""A heartbeat beside the collectives: a rank that dies, stops, hangs or leaves alone ends the whole job, with
+its name.
 
 Each rank has a thread that tells rank 0 every few seconds where its main thread stands, over a connection of
 its own; rank 0 judges and tells all. A killed process closes its connection, so its death is known at once.
-Who hears a verdict prints one line and leaves with code 1, for its main thread may be stuck in a collective.
+Who hears a verdict prints one line and leaves with code 1, or 75 where a signal has stopped the rank, for its
+main thread may be stuck in a collective. So the collectives themselves need no short limit.
 """
 
 from __future__ import annotations
@@ -16,18 +18,27 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
-from dsmixer.config.errors import UserError
 from dsmixer.config.schema import HealthConfig
 from dsmixer.training.channel import Hub, Lines, Message, connect
-from dsmixer.training.health import Stopped
-from dsmixer.training.judge import OUTSIDE_FACTOR, Beat, Heard, Verdict, gone_text, judge, silent_text
-from dsmixer.training.nonfinite import NonFiniteError
+from dsmixer.training.judge import (
+    APART,
+    OUTSIDE_FACTOR,
+    SLOWER_SECONDS,
+    Beat,
+    Heard,
+    Verdict,
+    gone_text,
+    judge,
+    silent_text,
+)
+from dsmixer.training.leaving import FAILED, STOPPED, way_out, what_it_says
 from dsmixer.training.pulse import Pulse, collectives_begun, waits_in_collective
-from dsmixer.training.saving import SaveError
-from dsmixer.training.world import World, gather_objects, once
+from dsmixer.training.telling import Lossy, tell_problem
+from dsmixer.training.world import LONGEST_WORK, World, gather_objects, once
 
 INTERVAL = 1.0
 """Seconds between two beats."""
@@ -36,9 +47,10 @@ LINGER = 2.0
 """How long rank 0 stays for the others to hear its last word."""
 JUDGED_WITHIN = 5.0
 """How long a rank that has raised waits to hear whether another one's death was behind it."""
-IN_GOOD_ORDER = (Stopped, UserError, SaveError, NonFiniteError)
-"""What all ranks raise together, or say themselves."""
-FAILED = 1
+WITHOUT = timedelta(minutes=30)
+"""How long a collective may take where there is no heartbeat, or ``hang_timeout`` if that is more."""
+OWN_WAY = ("failed", "alone", "stopped")
+"""Verdicts on a rank that has left by itself: it says why, and ends with its own code."""
 
 
 @contextlib.contextmanager
@@ -52,8 +64,11 @@ def watching(world: World, health: HealthConfig) -> Iterator[Pulse]:
     Yields:
         The pulse that the training loop keeps.
     """
-    pulse = Pulse()
-    if not health.heartbeat:
+    without = max(WITHOUT, timedelta(seconds=health.hang_timeout))
+    pulse = Pulse(without)
+    # nobody has compared the ranks' recipes yet
+    if not all(gather_objects(world, health.heartbeat)):
+        pulse.give_time()
         yield pulse
         return
     with _Watch(world, health, pulse):
@@ -78,6 +93,7 @@ class _Watch:
         self._heard = {rank: Heard(name, time.monotonic()) for rank, name in enumerate(names)}
         self._told = (0, False)
         self._moved: tuple[tuple[int, int], float] = ((0, 0), time.monotonic())
+        self._leaves = False
         self._over, self._judged = threading.Event(), threading.Event()
         self._hub: Hub | None = None
         self._lines: Lines | None = None
@@ -106,11 +122,13 @@ class _Watch:
 
     def _say_once(self, text: str) -> None:
         if self._world.rank == 0:
-            print(f"dsmixer: {text}", file=sys.stderr, flush=True)
+            tell_problem(text)
 
     def __enter__(self) -> _Watch:
         if self._hub is not None or self._lines is not None:
+            self._pulse.limit = LONGEST_WORK
             self._thread.start()
+        self._pulse.give_time()
         return self
 
     def __exit__(
@@ -118,12 +136,18 @@ class _Watch:
     ) -> None:
         if not self._thread.is_alive():
             return
-        if kind is None or issubclass(kind, IN_GOOD_ORDER):
-            self._tell_last({"left": "bye"})
-        else:  # this rank's own mistake, or that of a collective whose other end has died: the verdict says
-            beat = self._beat().to_dict()
-            self._tell_last({"left": "failed", "problem": _shown(kind, error), "beat": beat})
+        self._leaves = True
+        message = {
+            "left": way_out(kind),
+            "problem": what_it_says(kind, error),
+            "beat": self._beat().to_dict(),
+        }
+        self._tell_last(message)
+        if message["left"] == "failed":
+            # this rank's own mistake, or that of a collective whose other end has died: the verdict says
             self._judged.wait(JUDGED_WITHIN)
+        elif message["left"] in APART and self._hub is not None:
+            self._judged.wait(SLOWER_SECONDS + JUDGED_WITHIN)  # whether the others leave so too
         self._over.set()
         self._thread.join(LINGER + JUDGED_WITHIN)
 
@@ -139,8 +163,8 @@ class _Watch:
                 self._run_hub(self._hub)
             elif self._lines is not None:
                 self._run_rank(self._lines)
+            faulthandler.cancel_dump_traceback_later()  # of a watch that has broken the alarm stays
         finally:
-            faulthandler.cancel_dump_traceback_later()
             self._close()
 
     def _close(self) -> None:
@@ -166,7 +190,9 @@ class _Watch:
             verdict = judge(self._heard, time.monotonic(), **limits)
             if verdict is not None:
                 self._announce(hub, verdict)
-        hub.tell_all({"left": "bye"})
+            if all(own.left in ("done", *APART) for own in self._heard.values()):
+                self._judged.set()
+        hub.tell_all({"over": True})
 
     @property
     def _silence(self) -> float:
@@ -190,14 +216,16 @@ class _Watch:
             own.problem = "" if message is None else message.get("problem", "")
 
     def _announce(self, hub: Hub, verdict: Verdict) -> None:
-        """Tell all, and leave once they have heard it; a rank that has raised leaves by its traceback."""
+        """Tell all, and leave once they have heard it; a rank that has left by itself goes its own way."""
         message = {"kind": verdict.kind, "ranks": list(verdict.ranks), "text": verdict.text}
         hub.tell_all(message)
         until = time.monotonic() + LINGER
-        self._say(verdict.kind, verdict.ranks, verdict.text)
-        while hub.ranks and time.monotonic() < until:
-            hub.hear(TICK)
-        self._leave(verdict.kind, verdict.ranks)
+        try:
+            self._say(verdict.kind, verdict.ranks, verdict.text)
+            while hub.ranks and time.monotonic() < until:
+                hub.hear(TICK)
+        finally:
+            self._leave(verdict.kind, verdict.ranks)
 
     # other ranks
 
@@ -211,7 +239,7 @@ class _Watch:
                 if messages is None:
                     return self._lost_rank_0(0.0)
                 for message in messages:
-                    if message.get("left") == "bye":
+                    if "over" in message:
                         return self._judged.set()
                     if "kind" in message:
                         self._say(message["kind"], message["ranks"], message["text"])
@@ -240,7 +268,7 @@ class _Watch:
         self._told = (place.stage, place.saving)
         if (place.mark, begun) != self._moved[0]:
             self._moved = ((place.mark, begun), now)
-        if place.stage:
+        if place.stage and not self._leaves:
             faulthandler.dump_traceback_later(self._stuck_after, exit=True)
         else:
             faulthandler.cancel_dump_traceback_later()
@@ -254,28 +282,25 @@ class _Watch:
     def _say(self, kind: str, ranks: Sequence[int], text: str) -> None:
         """One line of this rank, and its stack where it is to blame for a hang."""
         own = self._world.rank in ranks
-        if kind == "failed" and own:
+        if kind in OWN_WAY and own:
             return
+        error = "" if kind == "stopped" else "error: "
         ends = "" if own else f"; rank {self._world.rank} ends with it"
-        sys.stdout.flush()
-        sys.stderr.write(f"dsmixer: error: {text}{ends}\n")
-        sys.stderr.flush()
+        Lossy(sys.stdout).flush()
+        tell_problem(f"{error}{text}{ends}")
         if kind == "hangs" and own:
             faulthandler.dump_traceback(all_threads=True, file=sys.stderr)
 
     def _leave(self, kind: str, ranks: Sequence[int]) -> None:
-        self._judged.set()
-        if not (kind == "failed" and self._world.rank in ranks):
-            _leave_now()
+        if not (kind in OWN_WAY and self._world.rank in ranks):
+            _leave_now(STOPPED if kind == "stopped" else FAILED)
         self._over.set()
+        self._judged.set()
 
 
-def _leave_now() -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(FAILED)
-
-
-def _shown(kind: type[BaseException], error: BaseException | None) -> str:
-    first = str(error).strip().split("\n")[0]
-    return f"{kind.__name__}: {first[:300]}" if first else kind.__name__
+def _leave_now(code: int) -> NoReturn:
+    try:
+        Lossy(sys.stdout).flush()
+        Lossy(sys.stderr).flush()
+    finally:
+        os._exit(code)

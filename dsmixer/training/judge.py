@@ -19,6 +19,14 @@ OUTSIDE_FACTOR = 10.0
 """How much more patience there is outside the loops and in a save: there libraries may hold Python's lock."""
 MEDIANS = 10.0
 """A step may take this many median steps before it counts as a hang."""
+SAVE_SECONDS, LONGEST_SAVES = 1800.0, 10.0
+"""A save may stand still for so many seconds, or for so many of the longest one so far."""
+ALONE_SECONDS = 5.0
+"""How long all others wait in a collective, after a rank has left by itself, before that is told."""
+SLOWER_SECONDS = 30.0
+"""The same where another is still at work: it may be about to find what that rank has found."""
+APART = ("stopped", "refused", "ended")
+"""Ways to leave in good order, if all ranks leave so together."""
 SHOWN = 8
 
 GO_ON = "run the same command again to go on from the last checkpoint"
@@ -60,9 +68,10 @@ class Heard:
         name: ``rank 2 (node-b, pid 4711)``.
         at: when it was last heard.
         beat: what it said.
-        left: ``bye`` (a clean end), ``gone`` (its connection broke), ``failed`` (it raised), or nothing.
+        left: ``done``; ``stopped`` by a signal, ``refused`` what the user gave, ``ended`` by what all ranks
+            see together; ``failed``, it raised; ``gone``, its connection broke; or nothing: it is there.
         left_at: when.
-        problem: what it raised.
+        problem: what it said then.
     """
 
     name: str
@@ -75,7 +84,13 @@ class Heard:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job ends: ``kind`` is gone, silent, failed or hangs, ``ranks`` are those to blame."""
+    """Why the job ends.
+
+    Attributes:
+        kind: ``gone``, ``silent``, ``failed``, ``hangs``, ``alone`` or ``stopped``.
+        ranks: those to blame.
+        text: a line for people.
+    """
 
     kind: str
     ranks: tuple[int, ...]
@@ -89,23 +104,59 @@ def judge(heard: Mapping[int, Heard], now: float, *, silence: float, hang_timeou
         heard: of every rank.
         now: on the clock of ``Heard.at``.
         silence: seconds without a sign of life after which a rank counts as lost, in a step of the loops.
-        hang_timeout: seconds without progress inside the loops.
+        hang_timeout: seconds without progress inside the loops; a save has at least ``SAVE_SECONDS``.
     """
     for kind, after in (("gone", GATHER_SECONDS), ("failed", FAILED_SECONDS)):
         left = [rank for rank, own in heard.items() if own.left == kind]
-        if left and now - min(heard[rank].left_at for rank in left) >= after:
-            return _gone(heard, left) if kind == "gone" else _failed(heard, left)
-        if left:
+        if not left:
+            continue
+        first = min(heard[rank].left_at for rank in left)
+        if now - first < after:
             return None
+        if kind == "gone":
+            return _gone(heard, left)
+        return _left_before(heard, first) or _failed(heard, left)
     living = {rank: own for rank, own in heard.items() if not own.left}
-    places = [own.beat.place for own in living.values()]
-    if not any(place.stage for place in places) or any(place.saving for place in places):
+    alone = _alone(heard, living, now)
+    if alone is not None:
+        return alone
+    if _is_patient([own.beat.place for own in living.values()]):
         silence *= OUTSIDE_FACTOR
     silent = [rank for rank, own in living.items() if now - own.at > silence]
     if silent:
         seconds = max(now - heard[rank].at for rank in silent)
         return Verdict("silent", tuple(silent), silent_text(heard, silent, seconds))
     return _hang(living, now, hang_timeout)
+
+
+def _is_patient(places: Sequence[Place]) -> bool:
+    """Whether the ranks are outside the loops, or in a save: those that are furthest on, for the last word of
+    one that was stopped after a save may be that it saves."""
+    if not any(place.stage for place in places):
+        return True
+    furthest = max(place.mark for place in places)
+    return any(place.saving for place in places if place.mark == furthest)
+
+
+def _alone(heard: Mapping[int, Heard], living: Mapping[int, Heard], now: float) -> Verdict | None:
+    """A rank that has left in good order, and others that have not followed it."""
+    stuck = all(own.beat.waits and own.beat.still + now - own.at >= ALONE_SECONDS for own in living.values())
+    return _left_before(heard, now - (ALONE_SECONDS if stuck else SLOWER_SECONDS)) if living else None
+
+
+def _left_before(heard: Mapping[int, Heard], then: float) -> Verdict | None:
+    """The first rank that has left in good order, if that was before a time."""
+    apart = [rank for rank, own in heard.items() if own.left in APART and own.left_at <= then]
+    if not apart:
+        return None
+    first = min(apart, key=lambda rank: heard[rank].left_at)
+    own = heard[first]
+    if own.left == "stopped":
+        text = f"{own.name} was stopped by a signal {own.beat.place.text()}: {own.problem}; {GO_ON}"
+        return Verdict("stopped", (first,), text)
+    mend = "mend that, then " if own.left == "refused" else ""
+    text = f"{own.name} left alone {own.beat.place.text()}: {own.problem}; {mend}{GO_ON}"
+    return Verdict("alone", (first,), text)
 
 
 def _named(heard: Mapping[int, Heard], ranks: Sequence[int]) -> str:
@@ -126,7 +177,8 @@ def gone_text(heard: Mapping[int, Heard], ranks: Sequence[int]) -> str:
     last = heard[ranks[0]].beat.place.text()
     return (
         f"{_named(heard, ranks)} {_are(ranks, 'is', 'are')} gone, last heard {last}: "
-        f"killed, by the system for want of memory as a rule, or crashed; {GO_ON}"
+        f"killed or crashed (out of memory, a segmentation fault). Look at its own output above, and for "
+        f'"Out of memory" in the kernel\'s log of its machine; {GO_ON}'
     )
 
 
@@ -148,6 +200,13 @@ def _failed(heard: Mapping[int, Heard], ranks: list[int]) -> Verdict:
     )
 
 
+def _longest_wait(place: Place) -> float:
+    """Seconds in which a step, or a save, may stand still, by what those before it have taken."""
+    if place.saving:
+        return max(SAVE_SECONDS, LONGEST_SAVES * place.longest_save)
+    return MEDIANS * place.median
+
+
 def _hang(living: Mapping[int, Heard], now: float, hang_timeout: float) -> Verdict | None:
     """The rank that is furthest behind, where it has not moved for too long."""
     if not living or any(not own.beat.place.stage for own in living.values()):
@@ -156,15 +215,16 @@ def _hang(living: Mapping[int, Heard], now: float, hang_timeout: float) -> Verdi
     behind = [rank for rank, own in living.items() if own.beat.position == least]
     still = min(living[rank].beat.still + now - living[rank].at for rank in behind)
     place = living[behind[0]].beat.place
-    if place.saving or still <= max(hang_timeout, MEDIANS * place.median):
+    if still <= max(hang_timeout, _longest_wait(place)):
         return None
     if len(behind) > 1:  # equally far: the one to blame is the one that does not wait for others
         behind = [rank for rank in behind if not living[rank].beat.waits] or behind
     others = "" if len(behind) == len(living) else ", and the others wait for it"
+    disk = "; the file system of that folder may not answer" if place.saving else ""
     return Verdict(
         "hangs",
         tuple(behind),
         f"{_named(living, behind)} {_are(behind, 'hangs', 'hang')}: no progress for {still:.0f} s, "
-        f"{place.text()}{others}; the stack stands in the output of "
+        f"{place.text()}{others}{disk}; the stack stands in the output of "
         f"{_are(behind, 'its', 'their')} node; {GO_ON}",
     )

@@ -156,10 +156,11 @@ class Loop:
             micro = micro.flat()
         router_loss, router_scale = stage.router_loss()
         with context.recording(stage.batch_routing(micro), statistics, router_loss):
-            logits = engine(
-                input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False
-            ).logits
-        losses_BS = token_losses(logits, micro.labels)
+            # no name for the logits: the backward pass may free them before it comes to the layers
+            losses_BS = token_losses(
+                engine(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False).logits,
+                micro.labels,
+            )
         objective = (losses_BS * stage.token_weights(micro)).sum()
         routing = context.take_loss()
         if routing is not None:

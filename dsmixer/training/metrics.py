@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from dsmixer.checkpoint.atomic import write_text
+from dsmixer.checkpoint.atomic import flush, make_folder, write_text
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.routing.statistics import RoutingStatistics
+from dsmixer.training.telling import tell_problem
 
 MAX_NAMED_EXPERTS = 32  # load/NAME is logged up to here, so that the number of keys stays bounded
 
@@ -94,8 +95,9 @@ def _own_expert_share(statistics: RoutingStatistics, expert_of_domain: Sequence[
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a logged step, each (stage, step) once, in the order of training.
 
-    Only rank 0 opens one. A number that is not finite is written as ``null``, because JSON has none. Rows
-    that a full disk does not take are kept and written with a later one: no run ends for want of a log.
+    Only rank 0 opens one. A number that is not finite is written as ``null``, because JSON has none. No row
+    waits for the disk before ``flush``. Rows that a full disk does not take are kept and written with a later
+    one: no run ends for want of a log.
 
     Args:
         folder: the run folder; made where it is missing.
@@ -104,10 +106,11 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, restored: tuple[int, int] | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.path = folder / METRICS_FILE
         self._last = _cut(self.path, restored)
         self._file = self.path.open("ab", buffering=0)
+        flush(folder)  # its name
         self._waiting = b""
 
     @property
@@ -116,7 +119,7 @@ class MetricsLog:
         return self._last
 
     def write(self, stage: int, step: int, values: Mapping[str, object]) -> dict[str, object]:
-        """Append the row of one step and flush it.
+        """Append the row of one step, and hand it to the system.
 
         Args:
             stage: 1 or 2.
@@ -135,13 +138,22 @@ class MetricsLog:
             self._write_waiting()
         except OSError as error:
             if not warned:
-                print(
-                    f"dsmixer: warning: {self.path}: {error.strerror}; its rows wait",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self._warn(error, "its rows wait")
         self._last = (stage, step)
         return row
+
+    def flush(self) -> None:
+        """Wait until the rows are on the disk; what it refuses is told, and no reason to stop."""
+        warned = bool(self._waiting)
+        try:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if not warned:
+                self._warn(error, "a power cut may take its last rows")
+
+    def _warn(self, error: OSError, result: str) -> None:
+        tell_problem(f"warning: {self.path}: {error.strerror}; {result}")
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -149,11 +161,12 @@ class MetricsLog:
             self._waiting = self._waiting[written or 0 :]
 
     def close(self) -> None:
-        """Raises OSError where rows still wait for space."""
+        """Write what waits; rows that the disk still refuses are lost, which is told."""
         try:
-            self._write_waiting()
-        finally:
-            self._file.close()
+            with self._file:
+                self._write_waiting()
+        except OSError as error:
+            self._warn(error, "its last rows are lost")
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from dsmixer.checkpoint.schema import step_of
+from dsmixer.config.schema import HealthConfig
+from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.routing.statistics import RoutingStatistics
-from dsmixer.training.world import World, gather_objects
+from dsmixer.training.checkpoints import Checkpoints
+from dsmixer.training.telling import tell_problem
+from dsmixer.training.world import World, gather_objects, once
 
 SHOWN, SHOWN_EXAMPLES = 8, 4
 
@@ -26,12 +31,29 @@ class NonFinitePolicy:
     Attributes:
         skip: whether they are passed over.
         max_skipped: how many are; one more stops the run.
-        skipped: how many were, the same on every rank.
+        skipped: how many of the run were, by this start and those before it, the same on every rank.
     """
 
     skip: bool = False
     max_skipped: int = 0
     skipped: int = 0
+
+
+def nonfinite_policy(health: HealthConfig, checkpoints: Checkpoints) -> NonFinitePolicy:
+    """The policy of a start, which goes on counting where the checkpoint stands that it goes on from: a run
+    that is started again and again skips no more steps than one that is not. A collective."""
+    policy = NonFinitePolicy(health.on_nonfinite == "skip", health.max_skipped)
+    newest = checkpoints.newest(2) or checkpoints.newest(1) if policy.skip else None
+    if newest is not None:
+        last = (int(newest.parent.name.removeprefix("stage")), step_of(newest.name))
+        metrics = checkpoints.folder.path / METRICS_FILE
+        policy.skipped = once(checkpoints.world, lambda: _skipped_until(metrics, last))
+    return policy
+
+
+def _skipped_until(metrics: Path, last: tuple[int, int]) -> int:
+    rows = read_metrics(metrics)
+    return sum(row.get("skipped", 0) for row in rows if (row["stage"], row["step"]) <= last)
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,7 @@ class StepNumbers:
         bad = [units[i] for i in (~torch.isfinite(self.squared_norms_U)).nonzero().flatten().tolist()]
         if bad:
             found.append(f"the gradient is not finite for {_listed(bad)}")
-        if found and self.statistics is not None:
+        if self.statistics is not None:
             bad_M = ~torch.isfinite(self.statistics.buffer).all(dim=1)
             routers = [router_names[i] for i in bad_M.nonzero().flatten().tolist()]
             found += [f"logits are not finite in the routers {_listed(routers)}"] if routers else []
@@ -102,7 +124,7 @@ def vote(
             world, f"warning: {text}. The step is skipped ({policy.skipped} of at most {policy.max_skipped})"
         )
         return True
-    too_many = f" {policy.skipped} such steps were skipped before." if policy.skip else ""
+    too_many = f" {policy.skipped} such steps of the run were skipped before." if policy.skip else ""
     error = (
         f"{text}. Nothing was updated.{too_many} Look at those examples, lower the learning rate, or use "
         "base.dtype=float32; the last checkpoint is intact"
@@ -127,4 +149,4 @@ def _examples(world: World, micro_batches: list[tuple[str, torch.Tensor]]) -> li
 
 def _say(world: World, text: str) -> None:
     if world.rank == 0:
-        print(f"dsmixer: {text}", file=sys.stderr, flush=True)
+        tell_problem(text)

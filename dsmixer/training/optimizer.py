@@ -12,30 +12,33 @@ and not the pool: an expert that no token reached has a gradient of zero, and is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dsmixer.losses.preserve import preserve_term
 from dsmixer.placement.layout import ExpertLayout
-from dsmixer.placement.pieces import Piece, Shard, is_bank
+from dsmixer.placement.pieces import Shard
+from dsmixer.training.moments import Keep, Moments, StackMoments
+from dsmixer.training.rows import Reached, Rows, Span, Stack, reached_rows, spans_of, stacked
 
-FEW_RUNS = 5  # fewer runs of rows than this are updated in place, one after the other
 AT_ONCE = 2**20  # elements that one update makes temporary tensors of, unless a single span has more
 
 
 @dataclass(frozen=True)
 class AdamSettings:
     """Betas, eps and decoupled weight decay as in ``torch.optim.AdamW``; ``clip`` bounds the gradient norm
-    of each unit (None: no clipping)."""
+    of each unit (None: no clipping); ``keep`` says how the moments are kept, ``origin_on_host`` where
+    theta(0) of the preserve term is."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    keep: Keep = field(default_factory=Keep)
+    origin_on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,6 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """Rows of one parameter in a shard: ``count`` rows of ``width`` elements, one unit each.
-
-    The routers' span has one row. A partition may start or end inside an expert: that part is a row of
-    its own.
-    """
-
-    start: int
-    count: int
-    width: int
-    units: tuple[int, ...]
-
-    def of(self, flat: torch.Tensor, begins: int = 0) -> torch.Tensor:
-        """The rows ``[count, width]`` in a tensor that begins at that element of the shard."""
-        start = self.start - begins
-        return flat[start : start + self.count * self.width].view(self.count, self.width)
-
-
-@dataclass(frozen=True)
 class _Coefficients:
     """Of the reached rows of a span, ``[N, 1]`` each: clip coefficient, learning rate, rate over the first
     bias correction, root of the second."""
@@ -83,120 +67,6 @@ class _Coefficients:
     rate: torch.Tensor
     step_size: torch.Tensor
     root_correction: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The N rows of a span that a step reached, and their units.
-
-    Rows that follow each other are taken as a view; others are copied out, and back in.
-    """
-
-    places: slice | torch.Tensor
-    units: slice | torch.Tensor
-    count: int
-
-    def of(self, span: torch.Tensor) -> torch.Tensor:
-        """``[..., count, width]`` to ``[..., N, width]``."""
-        if isinstance(self.places, torch.Tensor):
-            return span.index_select(-2, self.places)
-        return span[..., self.places, :]
-
-    def put(self, span: torch.Tensor, rows: torch.Tensor) -> None:
-        """Write back what ``of`` copied out."""
-        if isinstance(self.places, torch.Tensor):
-            span.index_copy_(-2, self.places, rows)
-
-    def add(self, span: torch.Tensor, rows: torch.Tensor) -> None:
-        if isinstance(self.places, torch.Tensor):
-            span.index_add_(-2, self.places, rows)
-        else:
-            span[..., self.places, :].add_(rows)
-
-    def add_units(self, values_U: torch.Tensor, values_N: torch.Tensor) -> None:
-        """Add a value of each row to that of its unit."""
-        if isinstance(self.units, torch.Tensor):
-            values_U.index_add_(0, self.units, values_N)
-        else:
-            values_U[self.units].add_(values_N)
-
-
-@dataclass(frozen=True)
-class _Reached:
-    """The rows that a step reached, together, and as the parts in which they are updated: their runs where
-    those are few, which needs no copy."""
-
-    rows: _Rows
-    parts: tuple[_Rows, ...]
-
-
-def _reached_rows(units_X: torch.Tensor, reached_U: torch.Tensor, device: torch.device) -> _Reached | None:
-    """Which rows of a span of these units a step reached; None where it reached none."""
-    places_N = reached_U[units_X].nonzero().flatten()
-    if not len(places_N):
-        return None
-
-    def rows(places: torch.Tensor) -> _Rows:
-        return _Rows(_run_or_index(places, device), _run_or_index(units_X[places], device), len(places))
-
-    together = rows(places_N)
-    cuts = (places_N.diff() != 1).nonzero().flatten() + 1
-    few = 0 < len(cuts) < FEW_RUNS
-    return _Reached(together, tuple(map(rows, places_N.tensor_split(cuts))) if few else (together,))
-
-
-def _run_or_index(indices: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
-    """A slice where the indices follow each other, else the indices on the device."""
-    first = int(indices[0])
-    if torch.equal(indices, torch.arange(first, first + len(indices))):
-        return slice(first, first + len(indices))
-    return indices.to(device)
-
-
-def spans_of(piece: Piece, layout: ExpertLayout) -> list[_Span]:
-    """Cut a piece of a bank ``[e, ...]`` at its experts; a router ``[E, D]`` is one row of the last unit."""
-    if not is_bank(piece.name):
-        return [_Span(piece.flat_start, 1, piece.numel, (layout.num_experts,))]
-    width = math.prod(piece.shape[1:])
-    spans, position, left = [], piece.param_start, piece.numel
-    start = piece.flat_start
-    while left:
-        place, inside = divmod(position, width)
-        count, length = (1, min(width - inside, left)) if inside or left < width else (left // width, width)
-        spans.append(_Span(start, count, length, layout.local[place : place + count]))
-        start, position, left = start + count * length, position + count * length, left - count * length
-    return spans
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Spans of the same units and width that follow each other in a shard: they are updated together."""
-
-    span: _Span
-    repeats: int
-
-    @property
-    def end(self) -> int:
-        return self.span.start + self.repeats * self.span.count * self.span.width
-
-    def goes_on(self, span: _Span) -> bool:
-        """Whether a span is one more of the same kind, right behind."""
-        return span == replace(self.span, start=self.end)
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """``[repeats, count, width]``."""
-        return flat[self.span.start : self.end].view(self.repeats, self.span.count, self.span.width)
-
-
-def _stacked(spans: Iterable[_Span]) -> list[_Stack]:
-    stacks: list[_Stack] = []
-    for span in spans:
-        last = stacks[-1] if stacks else None
-        if last is not None and last.goes_on(span):
-            stacks[-1] = _Stack(last.span, last.repeats + 1)
-        else:
-            stacks.append(_Stack(span, 1))
-    return stacks
 
 
 class ExpertAdamW(torch.optim.Optimizer):
@@ -215,11 +85,12 @@ class ExpertAdamW(torch.optim.Optimizer):
         self.origin: list[torch.Tensor] | None = None
         self._shards: list[Shard] = []
         self._index: dict[int, int] = {}
-        self._spans: list[list[list[_Span]]] = []
+        self._moments: Moments | None = None
+        self._spans: list[list[list[Span]]] = []
         self._plan: StepPlan | None = None
-        self._stacks: list[list[_Stack]] = []
+        self._stacks: list[list[Stack]] = []
         self._units: dict[tuple[int, ...], torch.Tensor] = {}
-        self._reached: dict[tuple[int, ...], _Reached | None] = {}
+        self._reached: dict[tuple[int, ...], Reached | None] = {}
         self._coefficients: dict[tuple[int, ...], list[_Coefficients]] | None = None
 
     def bind(self, shards: Sequence[Shard]) -> None:
@@ -227,23 +98,27 @@ class ExpertAdamW(torch.optim.Optimizer):
         self._shards = list(shards)
         self._index = {id(shard.weights): i for i, shard in enumerate(shards)}
         self._spans = [[spans_of(piece, self.layout) for piece in shard.pieces] for shard in shards]
-        self._stacks = [_stacked(span for spans in pieces for span in spans) for pieces in self._spans]
+        self._stacks = [stacked(span for spans in pieces for span in spans) for pieces in self._spans]
         different = {span.units for pieces in self._spans for spans in pieces for span in spans}
         self._units = {units: torch.tensor(units) for units in different}
         self._plan = None
         self.counted_U = self.counted_U.to(self._device())
-        for shard in shards:
-            for key in ("exp_avg", "exp_avg_sq"):
-                self.state[shard.weights][key] = torch.zeros_like(shard.flat())
+        self._moments = Moments(self._shards, self._stacks, self.settings.keep, self.layout.num_experts)
 
-    def moment(self, key: str, index: int) -> torch.Tensor:
-        """``exp_avg`` or ``exp_avg_sq`` of a shard, flat."""
-        moment: torch.Tensor = self.state[self._shards[index].weights][key]
-        return moment
+    @property
+    def moments(self) -> Moments:
+        """Of the partitions."""
+        assert self._moments is not None, "bind the optimizer first"
+        return self._moments
 
     def hold_origin(self) -> None:
         """Keep theta(0) of the preserve term: the weights as they are now, partitioned like them."""
-        self.origin = [shard.flat().clone() for shard in self._shards]
+        self.origin = [self._kept(shard.flat()) for shard in self._shards]
+
+    def _kept(self, flat: torch.Tensor) -> torch.Tensor:
+        if not self.settings.origin_on_host or flat.device.type == "cpu":
+            return flat.clone()
+        return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat)
 
     @torch.no_grad()
     def add_preserve(self, grads: list[list[torch.Tensor]], plan: StepPlan) -> torch.Tensor:
@@ -254,7 +129,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         beta_U = plan.preserve_beta.to(values_U.device)
         for index, span, rows, grad_XY in self._reached_spans(grads, plan):
             weights = rows.of(span.of(self._shards[index].flat()))
-            origin = rows.of(span.of(self.origin[index]))
+            origin = rows.of(span.of(self.origin[index])).to(weights.device)
             pull, values = preserve_term(weights, origin, beta_U[rows.units][:, None])
             rows.add(grad_XY, pull)
             rows.add_units(values_U, values)
@@ -269,12 +144,12 @@ class ExpertAdamW(torch.optim.Optimizer):
             self._add_squares(span, norms_U, rows, grad_XY)
         return norms_U * self.counted_U
 
-    def _add_squares(self, span: _Span, norms_U: torch.Tensor, rows: _Rows, grad_XY: torch.Tensor) -> None:
+    def _add_squares(self, span: Span, norms_U: torch.Tensor, rows: Rows, grad_XY: torch.Tensor) -> None:
         rows.add_units(norms_U, rows.of(grad_XY).float().square().sum(1))
 
     def _reached_spans(
         self, grads: list[list[torch.Tensor]], plan: StepPlan
-    ) -> Iterator[tuple[int, _Span, _Rows, torch.Tensor]]:
+    ) -> Iterator[tuple[int, Span, Rows, torch.Tensor]]:
         """Index of the shard, span, its reached rows, and its gradient ``[rows, width]``."""
         self._look_at(plan)
         for index, (shard, piece_grads) in enumerate(zip(self._shards, grads, strict=True)):
@@ -290,7 +165,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             return
         self._plan, device = plan, self._device()
         self._reached = {
-            units: _reached_rows(units_X, plan.reached, device) for units, units_X in self._units.items()
+            units: reached_rows(units_X, plan.reached, device) for units, units_X in self._units.items()
         }
 
     def prepare(self, plan: StepPlan, squared_norms_U: torch.Tensor) -> None:
@@ -324,17 +199,14 @@ class ExpertAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for weights in group["params"]:
                 index, grad = self._index[id(weights)], weights.grad.view(-1)
-                flats = (
-                    self._shards[index].flat(),
-                    grad,
-                    self.moment("exp_avg", index),
-                    self.moment("exp_avg_sq", index),
-                )
-                for stack in self._stacks[index]:
-                    self._update(stack.span, stack, flats)
+                flats = (self._shards[index].flat(), grad)
+                for number, stack in enumerate(self._stacks[index]):
+                    self._update(stack.span, stack, flats, self.moments.of(index, number))
 
-    def _update(self, span: _Span, stack: _Stack, flats: tuple[torch.Tensor, ...]) -> None:
-        """The reached rows of a stack, and no others: weights, gradient and the two moments of a shard."""
+    def _update(
+        self, span: Span, stack: Stack, flats: tuple[torch.Tensor, ...], moments: list[StackMoments]
+    ) -> None:
+        """The reached rows of a stack, and no others, from weights and gradient of a shard."""
         reached = self._reached[span.units]
         if reached is None:
             return
@@ -343,11 +215,13 @@ class ExpertAdamW(torch.optim.Optimizer):
         for rows, own in zip(reached.parts, self._coefficients[span.units], strict=True):
             at_once = max(1, AT_ONCE // (rows.count * span.width))
             for first in range(0, stack.repeats, at_once):
-                some = [tensor[first : first + at_once] for tensor in whole]
-                picked = [rows.of(tensor) for tensor in some]
-                self._adamw(picked, own)
-                for i in (0, 2, 3):
-                    rows.put(some[i], picked[i])
+                part = slice(first, first + at_once)
+                weights, grad = (rows.of(tensor[part]) for tensor in whole)
+                taken = [moment.take(rows, part) for moment in moments]
+                self._adamw([weights, grad, *taken], own)
+                rows.put(whole[0][part], weights)
+                for moment, values in zip(moments, taken, strict=True):
+                    moment.put(rows, part, values)
 
     def _adamw(self, tensors: list[torch.Tensor], own: _Coefficients) -> None:
         """torch.optim.AdamW's arithmetic, with a row's own clip, rate and bias corrections."""

@@ -9,12 +9,15 @@ from torch import nn
 
 from dsmixer.adapters.importing import Pool, check_scales, fill_bank
 from dsmixer.config.ds_json import deepspeed_config
+from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe
+from dsmixer.config.schema import Recipe
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.model.inject import Settle
 from dsmixer.model.load import bare_base
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.model.shape import model_shape
+from dsmixer.placement.choice import usable_memory
 from dsmixer.placement.exchange import Placement, local_placement, token_placement
 from dsmixer.placement.groups import cut_weights, expert_parallel_group
 from dsmixer.placement.layout import ExpertLayout
@@ -40,16 +43,42 @@ def plan_run(
         slots: in which stage one draws its experts' data; None without stage one.
         world: the ranks and their device.
         ds_path: a DeepSpeed JSON file from the command line.
+
+    Raises:
+        UserError: it does not fit the device, and the recipe does not say to try.
     """
     recipe = loaded.recipe
     shape = model_shape(bare_base(recipe.base), recipe.mixer.targets)
     facts = PoolFacts(config.experts, ranks=dict(zip(config.experts, config.rank_list, strict=True)))
     nodes = int(os.environ.get("CROSS_SIZE", "1"))
-    on_gpu = world.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(world.device).total_memory if on_gpu else None
-    cluster = Cluster(world.size, max(1, world.size // nodes), memory)
+    cluster = Cluster(world.size, max(1, world.size // nodes), _device_memory(recipe, world.device))
     request = plan_request(loaded, shape, facts, cluster, ds_path=ds_path, slots=slots)
-    return make_plan(request)
+    plan = make_plan(request)
+    if recipe.placement.check_memory:
+        _check_memory(loaded, plan)
+    return plan
+
+
+def _device_memory(recipe: Recipe, device: torch.device) -> int | None:
+    """Bytes; None where nothing says how many may be filled."""
+    if recipe.placement.device_memory_gb is not None:
+        return int(recipe.placement.device_memory_gb * 2**30)
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _check_memory(loaded: LoadedRecipe, plan: Plan) -> None:
+    """Refuse what would end without memory after minutes of loading."""
+    memory = plan.request.cluster.device_memory
+    if plan.chosen.fits is not False or memory is None:
+        return
+    said = loaded.recipe.placement.device_memory_gb is not None
+    raise UserError(
+        f"by its plan a rank needs {plan.chosen.peak / 1e9:,.3g} GB, and may fill "
+        f"{usable_memory(memory) / 1e9:,.3g} GB of its device",
+        where=loaded.where("placement.device_memory_gb" if said else "placement.mode"),
+        fix=f"change what makes it fit ({'; '.join(plan.remedies[:3])}), or write "
+        "placement.check_memory: false to start all the same",
+    )
 
 
 def place_experts(plan: Plan, world: World) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dsmixer.config.batch import accumulation_steps
 from dsmixer.config.ds_json import deepspeed_config
@@ -65,6 +66,7 @@ def plan_request(
         stages=tuple(_stages(loaded, len(facts.names), cluster.world_size)),
         base_bytes=BYTES[recipe.base.dtype],
         four_bit=recipe.base.quantization != "none",
+        double_quantization=recipe.base.double_quantization,
         checkpointing=recipe.base.activation_checkpointing,
         dropout=recipe.mixer.dropout > 0,
         engine=EngineSizes.from_config(zero_block),
@@ -72,7 +74,15 @@ def plan_request(
         zero_stage=written if isinstance(written, int) else None,
         expert_parallel_size=size if isinstance(size, int) else None,
         slots=slots,
+        offload=_offload(zero_block),
     )
+
+
+def _offload(zero_block: Mapping[str, Any]) -> frozenset[str]:
+    """What a DeepSpeed configuration keeps on the host."""
+    keys = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
+    blocks = {name: zero_block.get(key) or {} for name, key in keys.items()}
+    return frozenset(name for name, block in blocks.items() if block.get("device", "none") != "none")
 
 
 def first_stage(loaded: LoadedRecipe) -> StageConfig:
@@ -111,6 +121,9 @@ def _stages(loaded: LoadedRecipe, num_experts: int, world_size: int) -> list[Sta
                 keeps_origin=preserve,
                 top_k=None if second is None else min(second.top_k, num_experts),
                 every_expert=second is not None and second.routing != "topk",
+                eight_bit=stage.optimizer.endswith("8bit"),
+                paged=stage.optimizer.startswith("paged"),
+                origin_on_host=second is not None and second.preserve.origin == "host",
             )
         )
     return shapes

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmixer.adapters.importing import Pool, check_paths, read_pool
 from dsmixer.config.checks import check_domain_experts, check_routing
 from dsmixer.config.errors import UserError
-from dsmixer.config.recipe import LoadedRecipe
+from dsmixer.config.recipe import STAGES, LoadedRecipe
 from dsmixer.config.schema import Recipe
 from dsmixer.data.chat import rendered
 from dsmixer.model.load import bare_base, load_tokenizer
+from dsmixer.model.quantized import check_packing_works
 from dsmixer.model.targets import find_targets
 from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, load_run_data
+from dsmixer.training.standing import stands_alone
+from dsmixer.training.world import once
 
 
 def check_stage_order(recipe: Recipe, stages: Sequence[int], checkpoints: Checkpoints) -> None:
-    """Refuse stage two by itself where stage one is still to come; a collective.
+    """Refuse stage two by itself where stage one is still to come, and needed; a collective.
 
     Args:
         recipe: the run's.
@@ -31,6 +35,8 @@ def check_stage_order(recipe: Recipe, stages: Sequence[int], checkpoints: Checkp
         UserError: stage one has no finished checkpoint.
     """
     if not recipe.stage1.enabled or 1 in stages:
+        return
+    if once(checkpoints.world, checkpoints.folder.finished) or stands_alone(checkpoints, recipe):
         return
     saved = checkpoints.open(1)
     if saved is None or not saved.state.finished:
@@ -53,21 +59,38 @@ def _check_positions(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
         )
 
 
-def read_inputs(loaded: LoadedRecipe, quarantine: Path | None) -> tuple[RunData, Pool | None]:
+def _check_paged(loaded: LoadedRecipe, device: torch.device) -> None:
+    """Refuse paged moments where no driver moves pages."""
+    for name in STAGES:
+        stage = loaded.stage(name)
+        if stage.enabled and stage.optimizer.startswith("paged") and device.type != "cuda":
+            raise UserError(
+                f"paged memory is that of CUDA GPUs, and this run is on a {device.type}",
+                where=loaded.where(f"{name}.optimizer"),
+                fix=f"write {stage.optimizer.removeprefix('paged_')}",
+            )
+
+
+def read_inputs(
+    loaded: LoadedRecipe, quarantine: Path | None, device: torch.device
+) -> tuple[RunData, Pool | None]:
     """Read data and adapters, and hold them and the recipe against the base's structure.
 
     Args:
         loaded: the checked recipe.
         quarantine: file for bad records that are skipped; None: they are only counted.
+        device: that will hold the base.
 
     Raises:
-        UserError: the base is of a kind that can't be trained here, a target is not in it, or records or
-            adapters are bad or do not fit it.
+        UserError: the base is of a kind that can't be trained here or can't be packed, a target is not in
+            it, or records or adapters are bad or do not fit it.
     """
     recipe = loaded.recipe
     bare = bare_base(recipe.base, packing=recipe.data.packing)
     _check_positions(loaded, bare)
     targets = [target.path for target in find_targets(bare, recipe.mixer.targets)]
+    check_packing_works(recipe.base.quantization, device)
+    _check_paged(loaded, device)
     pool = read_recipe_pool(recipe)
     if pool is not None:
         check_paths(pool, bare, targets)

@@ -18,6 +18,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from dsmixer.report.text import duration, readable
+from dsmixer.training.telling import lossy, tell
 
 NOISY_LOGGERS = (
     "DeepSpeed",
@@ -122,7 +123,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label, self.num_steps, self.done = label, num_steps, done
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = lossy(sys.stderr if stream is None else stream)
         self._enabled = world_rank == 0
         self._every_seconds, self._clock = every_seconds, clock
         self._begun, self._begun_at, self._said_at = done, clock(), -float("inf")
@@ -178,8 +179,7 @@ class Progress:
         self.close()
 
     def _say(self, text: str) -> None:
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        tell(text, self._stream)
 
     def _time_left(self, now: float) -> str:
         steps = self.done - self._begun

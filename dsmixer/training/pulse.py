@@ -5,12 +5,16 @@ from __future__ import annotations
 import statistics
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
+
+from dsmixer.training.world import limit_collectives
 
 MEDIAN_OF = 51
 WAITING_IN = ("torch.distributed", "deepspeed.comm")
@@ -26,8 +30,9 @@ class Place:
         step: the optimizer step in work, from 1.
         mark: phases entered so far in this process, so that later is larger.
         phase: what the rank is doing, in words.
-        saving: whether it writes a checkpoint, which may take as long as it takes.
+        saving: whether it writes a checkpoint, which may take far longer than a step.
         median: of the seconds of the last steps.
+        longest_save: seconds of the longest save of this process.
     """
 
     stage: int = 0
@@ -36,6 +41,7 @@ class Place:
     phase: str = "setting up"
     saving: bool = False
     median: float = 0.0
+    longest_save: float = 0.0
 
     def text(self) -> str:
         """``in step 5 of stage 1 (reading its batch)``."""
@@ -45,19 +51,33 @@ class Place:
 
 
 class Pulse:
-    """The place of this rank. A place is replaced as a whole, so the other thread never sees half of one."""
+    """The place of this rank. A place is replaced as a whole, so the other thread never sees half of one.
 
-    def __init__(self) -> None:
+    Attributes:
+        place: where the rank stands.
+        begun: whether everything is set up, so that what the user gave was found good.
+        limit: how long a collective may take; groups that DeepSpeed opens for a stage are given it, too.
+    """
+
+    def __init__(self, limit: timedelta | None = None) -> None:
         self.place = Place()
+        self.limit = limit
+        self.begun = False
         self._seconds: deque[float] = deque(maxlen=MEDIAN_OF)
 
     @contextmanager
     def inside(self, stage: int) -> Iterator[None]:
         """The loop of a stage; after an error the place stays where it was."""
         self._seconds.clear()
+        self.give_time()
         self._move(stage=stage, step=0, phase="starting", median=0.0)
         yield
         self._move(stage=0, step=0, phase="after the loop", median=0.0)
+
+    def give_time(self) -> None:
+        """Set the limit of the collectives in all groups that there are now."""
+        if self.limit is not None:
+            limit_collectives(self.limit)
 
     def begin_step(self, step: int) -> None:
         """Optimizer step ``step``, from 1."""
@@ -73,13 +93,15 @@ class Pulse:
         self._move(phase=phase)
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """While a checkpoint is written."""
-        self._move(phase="saving", saving=True)
+    def saving(self, folder: str) -> Iterator[None]:
+        """While a checkpoint is written into a folder."""
+        began = time.monotonic()
+        self._move(phase=f"saving to {folder}", saving=True)
         try:
             yield
         finally:
-            self._move(phase="saved", saving=False)
+            longest = max(self.place.longest_save, time.monotonic() - began)
+            self._move(phase="saved", saving=False, longest_save=longest)
 
     def _move(
         self,
@@ -89,6 +111,7 @@ class Pulse:
         step: int | None = None,
         saving: bool | None = None,
         median: float | None = None,
+        longest_save: float | None = None,
     ) -> None:
         was = self.place
         self.place = Place(
@@ -98,6 +121,7 @@ class Pulse:
             phase=phase,
             saving=was.saving if saving is None else saving,
             median=was.median if median is None else median,
+            longest_save=was.longest_save if longest_save is None else longest_save,
         )
 
 

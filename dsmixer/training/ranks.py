@@ -10,7 +10,6 @@ import hashlib
 import os
 import platform
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,6 +23,7 @@ import torch
 import dsmixer
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe, flatten
+from dsmixer.training.telling import tell
 from dsmixer.training.world import World, gather_objects, node_rank, once
 
 PACKAGES = (
@@ -74,8 +74,7 @@ def announce_rank(world: World) -> None:
         f"pid {os.getpid()}",
         f"{threads} thread{'s' * (threads > 1)}",
     )
-    sys.stdout.write(", ".join(parts) + "\n")  # in one piece: the ranks write to one terminal at once
-    sys.stdout.flush()
+    tell(", ".join(parts))  # in one piece: the ranks write to one terminal at once
 
 
 def check_same_software(world: World) -> None:

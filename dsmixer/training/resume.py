@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmixer.checkpoint.atomic import write_text
 from dsmixer.checkpoint.publish import list_checkpoints
 from dsmixer.checkpoint.restore import SavedCheckpoint
-from dsmixer.checkpoint.schema import CONFIG, STEP_PATTERN, step_name, step_of
-from dsmixer.config.changes import Changes, keep_rows, recipe_changes
+from dsmixer.checkpoint.schema import CONFIG, CheckpointState, step_name
+from dsmixer.config.changes import BASE, Changes, keep_rows, names_same_base, recipe_changes
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe, dump_recipe
 from dsmixer.training.checkpoints import Checkpoints
+from dsmixer.training.data import StageData
+from dsmixer.training.origins import base_changes, base_identity, version_changes
 from dsmixer.training.run_folder import RunFolder, refuse_other_run
+from dsmixer.training.standing import chosen_checkpoint, mark_of, name_of, standing
 from dsmixer.training.world import World, once
 
 SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was in a run folder when it was read.
+
+    Attributes:
+        config: the text of its ``config.yaml``, None where there is none.
+        checkpoints: their names, of both stages.
+        finished: whether the run was done.
+    """
+
+    config: str | None
+    checkpoints: tuple[str, ...]
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,11 @@ class TakeUp:
         allow_changes: whether the mathematics may change.
         changes: how the recipe differs from that of the checkpoint it goes on from.
         start_from: what ``--from`` said.
-        back_to: the checkpoint that it chose, where the run is still to be taken back to it.
+        back_to: stage and step past which every checkpoint is still to be set aside; None: none is.
+        orphaned: whether the experts that stage two was trained over, of the end of stage one, are not whole.
+        saved: the state of the checkpoint it goes on from; None where there is none.
+        base: digests of the base as it is here; None until they are known.
+        seen: what was in the folder.
     """
 
     loaded: LoadedRecipe
@@ -39,7 +61,33 @@ class TakeUp:
     allow_changes: bool
     changes: Changes
     start_from: str | None = None
-    back_to: Path | None = None
+    back_to: tuple[int, int] | None = None
+    orphaned: bool = False
+    saved: CheckpointState | None = None
+    base: dict[str, str] | None = None
+    seen: Seen | None = None
+
+
+def look(folder: RunFolder) -> Seen:
+    """What is in a run folder now."""
+    config = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else None
+    names = (name_of(path) for stage in (1, 2) for path in list_checkpoints(folder.checkpoints(stage)))
+    return Seen(config, tuple(names), folder.finished())
+
+
+def refuse_taken(folder: RunFolder, taken: TakeUp) -> None:
+    """Refuse to go on from what is no longer there. On rank 0, which has the lock by now.
+
+    Raises:
+        UserError: another job has begun the run, or gone on with it, since ``take_up`` read its folder.
+    """
+    if taken.seen is not None and look(folder) != taken.seen:
+        raise UserError(
+            "another job has begun this run, or gone on with it, while this one was starting; nothing there "
+            "was touched",
+            where=str(folder.path),
+            fix="run the same command again: it goes on from what is there now",
+        )
 
 
 def take_up(
@@ -64,107 +112,90 @@ def take_up(
         ds_path: a DeepSpeed JSON file from the command line.
 
     Raises:
-        UserError: the mathematics differs and may not, the rows of a step can't be kept, or the checkpoint
-            asked for is not one of this run, or is damaged.
+        UserError: the mathematics differs and may not, the rows of a step can't be kept, the checkpoint
+            asked for is not one of this run, or is damaged, or a stage has no whole one.
+        UnreadableError: the system refuses to read a checkpoint.
     """
-    folder = checkpoints.folder
+    folder, recipe = checkpoints.folder, loaded.recipe
     allowed = once(world, lambda: allow_changes)  # what rank 0 was asked, where commands are given by hand
-    chosen = _chosen(world, checkpoints, stages, start_from)
-    reference = chosen
-    if reference is None and not folder.finished():
-        reference = checkpoints.newest(2) or checkpoints.newest(1)
-    changes = once(world, lambda: _changes(folder, reference, loaded, world.size))
+    seen = checkpoints.read_once(lambda: look(folder))
+    chosen = chosen_checkpoint(world, checkpoints, recipe, stages, start_from)
+    reference, orphaned = chosen, False
+    if reference is None and not seen.finished:
+        reference, orphaned = standing(checkpoints, recipe)
+    saved = None if reference is None else checkpoints.open_at(reference)
+    changes = checkpoints.read_once(lambda: _changes(seen, saved, loaded, world.size))
     if changes.mathematics and not allowed:
         refuse_other_run(folder.config if reference is None else reference / CONFIG, changes.mathematics)
     kept = keep_rows(loaded, changes.rows, world.size, ds_path) if changes.rows else loaded
-    return TakeUp(kept, loaded, allowed, changes, start_from, chosen)
+    state = None if saved is None else saved.state
+    back_to = None
+    if chosen is not None or orphaned:
+        back_to = (1, 0) if state is None else (state.stage, state.step)
+    return TakeUp(kept, loaded, allowed, changes, start_from, back_to, orphaned, state, seen=seen)
 
 
-def _changes(folder: RunFolder, reference: Path | None, loaded: LoadedRecipe, world_size: int) -> Changes:
-    if reference is not None:
-        saved = SavedCheckpoint(reference)
-        return recipe_changes(saved.config, loaded, saved.state.rows, world_size)
-    if folder.config.is_file():
-        return recipe_changes(folder.config.read_text(encoding="utf-8"), loaded, None, world_size)
+def _changes(seen: Seen, saved: SavedCheckpoint | None, loaded: LoadedRecipe, world_size: int) -> Changes:
+    if saved is not None:
+        changes = recipe_changes(saved.config, loaded, saved.state.rows, world_size)
+        return names_same_base(changes) if _is_moved(changes, saved.state, loaded) else changes
+    if seen.config is not None:
+        return recipe_changes(seen.config, loaded, None, world_size)
     return Changes()
 
 
-def _chosen(
-    world: World, checkpoints: Checkpoints, stages: Sequence[int], start_from: str | None
-) -> Path | None:
-    """The checkpoint that ``--from`` names, found to be whole; None where the newest is meant. A collective.
-
-    A run that has been taken back to it already goes on from where it is: the same command resumes.
-    """
-    folder = checkpoints.folder
-
-    def find() -> Path | None:
-        if start_from is None or _gone_back(folder) == start_from:
-            return None
-        return find_checkpoint(folder, start_from, stages)
-
-    path = once(world, find)
-    if path is None:
-        return None
-    problem = checkpoints.damage(path)
-    if problem is not None:
-        raise UserError(problem, where="--from", fix="choose another checkpoint, or leave --from out")
-    return path
+def _is_moved(changes: Changes, saved: CheckpointState, loaded: LoadedRecipe) -> bool:
+    """Whether a base of another name has the files that the run was trained on."""
+    if saved.base is None or not any(change.split(": ")[0] in BASE for change in changes.mathematics):
+        return False
+    return base_identity(loaded.recipe.base) == saved.base
 
 
-def find_checkpoint(folder: RunFolder, asked: str, stages: Sequence[int]) -> Path:
-    """The checkpoint folder that ``--from`` names.
-
-    Args:
-        folder: of the run.
-        asked: a step of the stage that the run is in, ``stage1/step-00000100``, or a path.
-        stages: asked for in this call.
+def hold_base(checkpoints: Checkpoints, taken: TakeUp) -> TakeUp:
+    """Hold the files of the base against those that the run was trained on; a collective.
 
     Raises:
-        UserError: it is not there, is of another run or stage, or the run is finished.
+        UserError: they are others, and the mathematics may not change.
     """
-    there = {stage: list_checkpoints(folder.checkpoints(stage)) for stage in (1, 2)}
-    begun = [stage for stage in stages if there[stage]]
-    if asked.isdecimal():
-        path = folder.checkpoints(begun[-1] if begun else stages[0]) / step_name(int(asked))
-    else:
-        inside = folder.path / "checkpoints" / asked
-        path = inside if inside.is_dir() else Path(asked)
-    of_stage = {folder.checkpoints(stage).resolve(): stage for stage in (1, 2)}
-    stage = of_stage.get(path.resolve().parent)
-    listed = [f"{p.parent.name}/{p.name}" for stage in (1, 2) for p in there[stage]]
-    has = f"the run has {', '.join(listed[-SHOWN:])}" if listed else "the run has none yet; leave --from out"
-    if stage is None or not STEP_PATTERN.match(path.name):
-        raise UserError(f"{asked} is not a checkpoint of this run", where=f"--from: {folder.path}", fix=has)
-    if not path.is_dir():
-        raise UserError("there is no such checkpoint", where=f"--from: {path}", fix=has)
-    if stage not in stages:
-        raise UserError(
-            f"the checkpoint is of stage {stage}, which this call does not run",
-            where=f"--from: {path}",
-            fix="leave --stages out, or choose a checkpoint of the stage",
-        )
-    if folder.finished():
-        raise UserError(
-            "this run is finished and its mixture published; going back would undo that",
-            where=f"--from: {path}",
-            fix=f"remove {folder.finished_mark} first, or choose another run.name and start anew",
-        )
-    return folder.checkpoints(stage) / path.name
+    if taken.base is not None:
+        return taken
+    base = once(checkpoints.world, lambda: base_identity(taken.loaded.recipe.base))
+    if base is None:  # of the hub, and still to be downloaded
+        return taken
+    saved = taken.saved
+    others = () if saved is None else base_changes(saved.base, base)
+    if saved is not None and others and not taken.allow_changes:
+        refuse_other_run(path_of(checkpoints, saved), others)
+    changes = replace(taken.changes, mathematics=(*taken.changes.mathematics, *others))
+    return replace(taken, base=base, changes=changes)
 
 
-def _mark(folder: RunFolder) -> Path:
-    """Says what ``--from`` said when the run was last taken back; a start without it forgets that."""
-    return folder.path / "checkpoints" / ".from"
+def hold_data(checkpoints: Checkpoints, taken: TakeUp, data: Mapping[int, StageData]) -> TakeUp:
+    """Hold the data and their order against those of the checkpoint that the run goes on from.
+
+    Args:
+        checkpoints: of the run.
+        taken: the start.
+        data: of each enabled stage.
+
+    Raises:
+        UserError: they are others, and the mathematics may not change.
+    """
+    saved = taken.saved
+    if saved is None or saved.stage not in data:
+        return taken
+    others = [
+        f"data of stage {saved.stage}: {o}" for o in data[saved.stage].sampler.differences(saved.cursor)
+    ]
+    if others and not taken.allow_changes:
+        refuse_other_run(path_of(checkpoints, saved), others)
+    changes = replace(taken.changes, mathematics=(*taken.changes.mathematics, *others))
+    return replace(taken, changes=changes)
 
 
-def _gone_back(folder: RunFolder) -> str | None:
-    mark = _mark(folder)
-    return mark.read_text(encoding="utf-8").rstrip("\n") if mark.is_file() else None
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
+def path_of(checkpoints: Checkpoints, saved: CheckpointState) -> Path:
+    """The folder of a checkpoint of the run."""
+    return checkpoints.folder.checkpoints(saved.stage) / step_name(saved.step)
 
 
 def carry_out(taken: TakeUp, checkpoints: Checkpoints) -> None:
@@ -178,11 +209,11 @@ def carry_out(taken: TakeUp, checkpoints: Checkpoints) -> None:
     folder = checkpoints.folder
     checkpoints.clear_unfinished()
     if taken.start_from is None:
-        _mark(folder).unlink(missing_ok=True)
+        mark_of(folder).unlink(missing_ok=True)
     if taken.back_to is not None:
-        stage, step = int(taken.back_to.parent.name.removeprefix("stage")), step_of(taken.back_to.name)
-        checkpoints.set_aside(checkpoints.after(stage, step))
-        write_text(_mark(folder), f"{taken.start_from}\n")
+        checkpoints.set_aside(checkpoints.after(*taken.back_to))
+        if taken.start_from is not None:
+            write_text(mark_of(folder), f"{taken.start_from}\n")
     if taken.changes.mathematics:
         _note(folder, taken.changes.mathematics)
     text = dump_recipe(taken.asked.recipe)
@@ -194,7 +225,7 @@ def _note(folder: RunFolder, changes: Sequence[str]) -> None:
     """Add to ``changes.jsonl`` what has been allowed to change, and after which checkpoints."""
     path = folder.path / "changes.jsonl"
     newest = [list_checkpoints(folder.checkpoints(stage)) for stage in (2, 1)]
-    after = next((_name(paths[-1]) for paths in newest if paths), None)
+    after = next((name_of(paths[-1]) for paths in newest if paths), None)
     line = json.dumps({"after": after, "changes": list(changes)}, ensure_ascii=False)
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     if line not in before.splitlines():
@@ -203,8 +234,9 @@ def _note(folder: RunFolder, changes: Sequence[str]) -> None:
 
 def told(taken: TakeUp, world_size: int) -> list[str]:
     """Lines for the user: what is not as it was, and what is kept."""
-    lines = []
-    changes = taken.changes
+    lines, changes = [], taken.changes
+    if taken.orphaned:
+        lines.append(_told_orphaned(taken))
     if changes.layout:
         lines.append(f"changed, and the mathematics stays: {_shown(changes.layout)}")
     if changes.mathematics:
@@ -214,6 +246,32 @@ def told(taken: TakeUp, world_size: int) -> list[str]:
         lines.append(
             f"{name} keeps its {rows} rows a step: {rows // (world_size * micro)} accumulation steps on "
             f"{world_size} rank{'s' * (world_size > 1)}"
+        )
+    return lines + _told_saved(taken, world_size)
+
+
+def _told_orphaned(taken: TakeUp) -> str:
+    where = "begins anew" if taken.saved is None else f"goes on after step {taken.saved.step}"
+    return (
+        "dsmixer: warning: stage two was trained over the frozen experts of the end of stage one, and no "
+        f"whole checkpoint has them: stage one {where}, and stage two begins anew after it"
+    )
+
+
+def _told_saved(taken: TakeUp, world_size: int) -> list[str]:
+    """How this start differs from the one that saved the checkpoint, beside the recipe."""
+    saved, dropout = taken.saved, taken.loaded.recipe.mixer.dropout
+    if saved is None:
+        return []
+    versions = version_changes(saved.versions)
+    lines = [f"other versions than the checkpoint was saved with: {_shown(versions)}"] if versions else []
+    before = saved.layout["ranks"]
+    others = [f"ranks: {before} there, {world_size} here"] if before != world_size else []
+    others += [change for change in taken.changes.layout if ".micro_batch_size: " in change]
+    if others and dropout > 0:
+        lines.append(
+            f"mixer.dropout is {dropout}, and masks are drawn by rank and micro-batch: they are others than "
+            f"without this change ({_shown(others)}), and so are the losses"
         )
     return lines
 

@@ -10,7 +10,7 @@ from functools import partial
 from dsmixer.adapters.importing import Pool
 from dsmixer.checkpoint.atomic import write_json
 from dsmixer.config.batch import check_world
-from dsmixer.config.ds_json import with_zero_stage
+from dsmixer.config.ds_json import deepspeed_config, with_zero_stage
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe
 from dsmixer.config.schema import Recipe
@@ -22,18 +22,34 @@ from dsmixer.placement.plan import Plan
 from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, StageData, stage_data
 from dsmixer.training.finish import finish_run
-from dsmixer.training.health import StopRequest
+from dsmixer.training.health import Stopped, StopRequest
 from dsmixer.training.heartbeat import watching
+from dsmixer.training.leaving import telling_disks
 from dsmixer.training.lock import RunLock
 from dsmixer.training.nodes import fetch_on_nodes
-from dsmixer.training.nonfinite import NonFinitePolicy
+from dsmixer.training.nonfinite import nonfinite_policy
 from dsmixer.training.placing import place_experts, plan_run, settle_weights
+from dsmixer.training.planning import first_stage
 from dsmixer.training.preflight import check_stage_order, read_inputs
+from dsmixer.training.pulse import Pulse
 from dsmixer.training.ranks import check_ranks, check_shared_folder
-from dsmixer.training.resume import TakeUp, carry_out, take_up, told
+from dsmixer.training.resume import (
+    TakeUp,
+    carry_out,
+    hold_base,
+    hold_data,
+    path_of,
+    refuse_taken,
+    take_up,
+    told,
+)
 from dsmixer.training.run_folder import RunFolder, claim_run_folder, find_run_folder
+from dsmixer.training.same_data import check_same_data, check_same_tokens
 from dsmixer.training.saving import check_fits, load_weights
-from dsmixer.training.stage_run import RunState, run_stage
+from dsmixer.training.stage_run import RunState, run_stage, trainable
+from dsmixer.training.standing import stands_alone
+from dsmixer.training.telling import tell
+from dsmixer.training.together import keep_lock
 from dsmixer.training.world import World, gather_objects, join_world, once
 
 
@@ -61,39 +77,57 @@ def train(request: RunRequest) -> None:
 
     Raises:
         UserError: a mistake in what the user gave.
-        Stopped: a signal came; the run has saved and can be taken up again.
+        RunError: the ranks did not come together, or a machine or a disk failed.
+        Stopped: a signal came; everything trained is saved and can be taken up again.
         NonFiniteError: a loss or gradient was not finite.
         SaveError: the end of a stage could not be saved.
+        UnreadableError: a checkpoint can't be read now.
+        LockLostError: another job has the run folder now.
     """
-    recipe, stages = request.loaded.recipe, _stages_of(request)
-    # the watch over the loop speaks first: it can name who is missing in a collective
-    world = join_world(max(recipe.health.hang_timeout + 30.0, 60.0))
+    health, stages = request.loaded.recipe.health, _stages_of(request)
+    world = join_world(max(health.hang_timeout + 30.0, 60.0))
+    stop_request = StopRequest()
+    with stop_request.listening(), watching(world, health) as pulse, telling_disks(pulse):
+        try:
+            _train(request, stages, world, stop_request, pulse)
+        finally:
+            stop_request.at_once = ""  # a rank that leaves is told no other reason on its way
+
+
+def _train(
+    request: RunRequest, stages: list[int], world: World, stop_request: StopRequest, pulse: Pulse
+) -> None:
+    """The run itself, while the ranks watch over each other."""
+    stop_request.at_once = "stopped before training"
+    recipe = request.loaded.recipe
     check_ranks(world, request.loaded, stages)
     check_world(request.loaded, world.size)
     folder = once(world, lambda: find_run_folder(request.loaded))
     check_shared_folder(world, folder.path)
     lock = RunLock(folder.lock)
     once(world, lambda: _lock_begun(folder, lock))
-    checkpoints = Checkpoints(world, folder, partial(_say, world))
-    taken = take_up(
-        world,
-        checkpoints,
-        request.loaded,
-        stages,
-        start_from=request.start_from,
-        allow_changes=request.allow_changes,
-        ds_path=request.ds_path,
-    )
-    check_stage_order(recipe, stages, checkpoints)
-    if folder.finished():
-        _say(world, f"{folder.path} is finished; its report is {folder.report}")
-        return
-    fetch_on_nodes(world, recipe)
-    stop_request = StopRequest()
-    with lock, stop_request.listening(), watching(world, recipe.health) as pulse:
+    with lock:
+        checkpoints = Checkpoints(world, folder, partial(_say, world))
+        pulse.enter("looking at checkpoints")
+        taken = take_up(
+            world,
+            checkpoints,
+            request.loaded,
+            stages,
+            start_from=request.start_from,
+            allow_changes=request.allow_changes,
+            ds_path=request.ds_path,
+        )
+        check_stage_order(recipe, stages, checkpoints)
+        if once(world, folder.finished):
+            _say(world, f"{folder.path} is finished; its report is {folder.report}")
+            return
+        pulse.enter("downloading")
+        fetch_on_nodes(world, recipe)
+        pulse.enter("setting up")
         state, base, stage_tokens = _set_up(request, taken, checkpoints, stop_request, lock)
-        state.pulse = pulse
-        state.nonfinite = NonFinitePolicy(recipe.health.on_nonfinite == "skip", recipe.health.max_skipped)
+        state.pulse, state.nonfinite = pulse, nonfinite_policy(recipe.health, checkpoints)
+        pulse.begun = True
         engine = None
         for number in _stages_left(state, stages, stage_tokens):
             if engine is not None:
@@ -101,7 +135,9 @@ def train(request: RunRequest) -> None:
             elif number == 2 and recipe.stage1.enabled:
                 _take_stage_one(state)
             engine = run_stage(state, number, stage_tokens[number])
-        stop_request.at_once = True  # everything is saved, and no loop looks at the request any more
+        # no loop looks at the request any more
+        _stop_if_asked(world, stop_request, "stopped after training; everything trained is saved")
+        pulse.give_time()
         if _left_for_later(request):
             _say(world, f"stage {_left_for_later(request)} is left for another call of the same command")
             return
@@ -109,9 +145,16 @@ def train(request: RunRequest) -> None:
         finish_run(state, base, engine)
 
 
+def _stop_if_asked(world: World, stop_request: StopRequest, problem: str) -> None:
+    """From now on a signal ends the run on the spot, and here all ranks where one has come to any before."""
+    stop_request.at_once = problem
+    if any(gather_objects(world, stop_request.signal)):
+        raise Stopped(problem)
+
+
 def _say(world: World, text: str) -> None:
     if world.rank == 0:
-        print(text, flush=True)
+        tell(text)
 
 
 def _enabled(recipe: Recipe) -> list[int]:
@@ -132,22 +175,14 @@ def _stages_of(request: RunRequest) -> list[int]:
 def _stages_left(state: RunState, stages: list[int], data: dict[int, StageData]) -> list[int]:
     """Of the stages to run, those that are: stage one needs no engine again where stage two only wants its
     experts. Once stage two has begun, stage one is what it was."""
-    if stages != [1, 2]:
+    if 1 not in stages:
         return stages
-    if _has_all_of_stage_two(state):
-        return [2]
+    # where the experts that it needs are lost, stage two has been set aside
+    if state.loaded.recipe.stage2.enabled and state.checkpoints.newest(2) is not None:
+        return [number for number in stages if number > 1]
     saved = state.checkpoints.open(1)
-    if saved is None:
-        return stages
-    begun = state.checkpoints.newest(2) is not None
-    done = saved.state.finished if begun else saved.state.step >= data[1].sampler.num_steps
-    return [2] if done else stages
-
-
-def _has_all_of_stage_two(state: RunState) -> bool:
-    """Whether stage two has a checkpoint with the experts in it; a collective."""
-    preserve = state.loaded.recipe.stage2.experts == "preserve"
-    return preserve and state.checkpoints.newest(2) is not None
+    done = saved is not None and saved.state.step >= data[1].sampler.num_steps
+    return [2] if done and 2 in stages else stages
 
 
 def _left_for_later(request: RunRequest) -> int | None:
@@ -167,30 +202,46 @@ def _set_up(
     loaded, recipe = taken.loaded, taken.loaded.recipe
     world, folder = checkpoints.world, checkpoints.folder
     began = time.perf_counter()
-    data, pool = read_inputs(loaded, folder.quarantine if world.rank == 0 else None)
-    _check_same_data(world, data)
+    taken = hold_base(checkpoints, taken)
+    data, pool = read_inputs(loaded, folder.quarantine if world.rank == 0 else None, world.device)
+    check_same_data(world, data)
     experts = data.expert_names(recipe)
     config = mixer_config(recipe, experts, pool)
     tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision)
     tokens = {n: stage_data(loaded, n, data, experts, tokenizer, world) for n in _enabled(recipe)}
+    check_same_tokens(world, data, tokens)
+    taken = hold_data(checkpoints, taken, tokens)
     slots = tokens[1].sampler.slots if 1 in tokens else None
     plan = plan_run(loaded, config, slots, world, request.ds_path)
-    base = load_base(recipe.base, packing=recipe.data.packing, zero3=plan.zero_stage == 3)
-    if plan.zero_stage != 3:
-        base.model.to(world.device)  # type: ignore[arg-type]
     planned = with_zero_stage(loaded, plan.zero_stage)
+    ds_config = deepspeed_config(planned, first_stage(planned), world.size, request.ds_path)
+    zero3 = ds_config["zero_optimization"] if plan.zero_stage == 3 else None
+    base = load_base(recipe.base, packing=recipe.data.packing, zero3=zero3, device=world.device)
     placement = place_experts(plan, world)
     settle = settle_weights(planned, config, placement, pool, world, request.ds_path)
     mixture = attach_mixers(base.model, config, placement, settle)
+    _check_saved(checkpoints, taken, mixture)
+    taken = hold_base(checkpoints, taken)  # of one that has only now been downloaded
+    stop_request.at_once = ""  # the run folder is written now, and what is begun is saved
+    keep_lock(world, lock)
+    lock.when_lost = stop_request.ask
     once(world, lambda: _claim(taken, checkpoints, lock))
     counts = count_weights(mixture)
     once(world, lambda: write_json(folder.plan, plan.to_dict()))
     if plan.chosen.fits is False:
         _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
     _announce(world, data, mixture, counts, plan, time.perf_counter() - began)
-    state = RunState(planned, taken, checkpoints, world, mixture, data, stop_request, request.ds_path)
+    state = RunState(planned, taken, checkpoints, world, mixture, data, stop_request, request.ds_path, lock)
     size = plan.expert_parallel_size
     return state, base, {n: replace(stage, expert_parallel_size=size) for n, stage in tokens.items()}
+
+
+def _check_saved(checkpoints: Checkpoints, taken: TakeUp, mixture: Mixture) -> None:
+    """Refuse a checkpoint of another pool or other projections before anything is written; a collective."""
+    if taken.saved is None or taken.saved.stage not in _enabled(taken.loaded.recipe):
+        return
+    saved = checkpoints.open_at(path_of(checkpoints, taken.saved))
+    check_fits(saved, mixture, trainable(mixture, taken.loaded.stage(f"stage{saved.state.stage}")))
 
 
 def _lock_begun(folder: RunFolder, lock: RunLock) -> None:
@@ -202,9 +253,10 @@ def _lock_begun(folder: RunFolder, lock: RunLock) -> None:
 def _claim(taken: TakeUp, checkpoints: Checkpoints, lock: RunLock) -> None:
     """Write down what this start changes in the run folder, and say it. On rank 0."""
     lock.take()
+    refuse_taken(checkpoints.folder, taken)
     claim_run_folder(taken.asked)
     for line in told(taken, checkpoints.world.size):
-        print(line, flush=True)
+        tell(line)
     carry_out(taken, checkpoints)
 
 
@@ -261,17 +313,6 @@ def _check_written(recipe: Recipe, ranks: dict[str, int], alphas: dict[str, floa
         )
 
 
-def _check_same_data(world: World, data: RunData) -> None:
-    """Every rank must have read the same examples: their order decides who trains on what."""
-    own = [(d.name, len(d.train), len(d.test)) for d in data.domains]
-    if any(other != own for other in gather_objects(world, own)):
-        raise UserError(
-            "the ranks have read different data",
-            where="data.domains",
-            fix="give every node the same files, or put them on a shared file system",
-        )
-
-
 def _announce(
     world: World, data: RunData, mixture: Mixture, counts: WeightCounts, plan: Plan, seconds: float
 ) -> None:
@@ -292,7 +333,7 @@ def _announce(
 
 def _take_stage_one(state: RunState) -> None:
     """The experts that stage one made, where this process has not just trained them itself."""
-    if _has_all_of_stage_two(state):
+    if stands_alone(state.checkpoints, state.loaded.recipe):
         return
     saved = state.checkpoints.open(1)
     assert saved is not None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +34,12 @@ from dsmixer.placement import groups
 from dsmixer.placement.pieces import is_bank, whole_shape
 from dsmixer.placement.whole import whole_parameter
 from dsmixer.training.engine import StageEngine
+from dsmixer.training.lock import RunLock
+from dsmixer.training.moments import KINDS, MomentPart
+from dsmixer.training.origins import installed_versions
+from dsmixer.training.together import keep_lock
 from dsmixer.training.world import World, gather_objects
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
 Result = TypeVar("Result")
 Named = tuple[str, nn.Parameter]
 
@@ -59,6 +59,8 @@ class Save:
         config: the text of the run's configuration.
         usage: of the routers in the step before, in stage two.
         retention: which checkpoints stay.
+        base: digests of the base.
+        lock: of the run folder; None: nobody else works there.
     """
 
     folder: Path
@@ -71,6 +73,8 @@ class Save:
     config: str
     usage: torch.Tensor | None
     retention: Retention
+    base: Mapping[str, str] | None = None
+    lock: RunLock | None = None
 
 
 def save_checkpoint(world: World, engine: StageEngine, save: Save) -> Path:
@@ -80,7 +84,9 @@ def save_checkpoint(world: World, engine: StageEngine, save: Save) -> Path:
 
     Raises:
         SaveError: on every rank, where any of them could not write.
+        LockLostError: on every rank; another job has the folder, and nothing more was written.
     """
+    keep_lock(world, save.lock)
     sources = list(_sources(engine))
     needed = sum(gather_objects(world, sum(source.num_bytes for source in sources)))
     try:
@@ -88,6 +94,7 @@ def save_checkpoint(world: World, engine: StageEngine, save: Save) -> Path:
         entries = _together(world, save.folder, lambda: _write_own(world, sources, save))
         whole = {name: entry for of_rank in entries for name, entry in of_rank.items()}
         state = _state(world, engine, save)
+        keep_lock(world, save.lock)
         publish = _on_first(world, lambda: finish_save(save.folder, state, save.config, whole))
         path = _together(world, save.folder, publish)[0]
     except SaveError:
@@ -105,13 +112,16 @@ def _sources(engine: StageEngine) -> Iterator[Source]:
     """What this rank saves, without a copy."""
     optimizer, shards = engine.optimizer, engine.shards
     names = engine.mixture.expert_names
-    for index, name, run in engine.runs_to_save():
-        flats = {"weights": shards[index].flat()}
-        flats |= {kind: optimizer.moment(kind, index) for kind in MOMENTS}
+    flats: list[dict[str, torch.Tensor | MomentPart]] = [{"weights": shard.flat()} for shard in shards]
+    for index, own in enumerate(flats):
+        own |= {kind: optimizer.moments.part(kind, index) for kind in KINDS}
         if optimizer.origin is not None:
-            flats["origin"] = optimizer.origin[index]
+            own["origin"] = optimizer.origin[index]
+    for index, name, run in engine.runs_to_save():
         expert = None if run.unit is None else names[run.unit]
-        yield Source(name, expert, run.inside, {kind: run.of_flat(flats[kind]) for kind in flats})
+        where = slice(run.flat_start, run.flat_start + run.numel)
+        tensors = {kind: flat[where] for kind, flat in flats[index].items()}
+        yield Source(name, expert, run.inside, tensors)
 
 
 def _write_own(world: World, sources: list[Source], save: Save) -> dict[str, dict[str, Any]]:
@@ -140,7 +150,8 @@ def _state(world: World, engine: StageEngine, save: Save) -> CheckpointState:
             "zero_stage": groups.zero_stage(engine.engine),
             "expert_parallel_size": engine.mixture.placement.layout.size,
         },
-        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        versions=installed_versions(),
+        base=None if save.base is None else dict(save.base),
     )
 
 
@@ -216,14 +227,17 @@ def check_fits(saved: SavedCheckpoint, mixture: Mixture, named: Sequence[Named])
 def restore_optimizer(engine: StageEngine, saved: SavedCheckpoint) -> None:
     """Moments, step counts and theta(0) of a checkpoint into a fresh engine, whatever its layout."""
     optimizer = engine.optimizer
-    for kind in MOMENTS:
-        saved.fill(kind, _wanted(engine, partial(optimizer.moment, kind)))
+    for kind in KINDS:
+        flats = [optimizer.moments.flat(kind, index) for index in range(len(engine.shards))]
+        saved.fill(kind, _wanted(engine, flats.__getitem__))
+        for index, flat in enumerate(flats):
+            optimizer.moments.fill(kind, index, flat)
     optimizer.steps.copy_(torch.tensor(saved.state.unit_steps))
     if "origin" in saved.kinds():
         optimizer.hold_origin()
         origin = optimizer.origin
         assert origin is not None
-        saved.fill("origin", _wanted(engine, lambda index: origin[index]))
+        saved.fill("origin", _wanted(engine, origin.__getitem__))
 
 
 def _wanted(engine: StageEngine, flat_of: Callable[[int], torch.Tensor]) -> Iterator[Wanted]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,8 +22,10 @@ from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, StageData
 from dsmixer.training.engine import StageEngine, start_engine
 from dsmixer.training.health import Stopped, StopRequest
+from dsmixer.training.lock import RunLock
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.metrics import MetricsLog, routing_metrics
+from dsmixer.training.moments import Keep
 from dsmixer.training.nonfinite import NonFinitePolicy
 from dsmixer.training.optimizer import AdamSettings
 from dsmixer.training.progress import Progress
@@ -41,8 +42,10 @@ from dsmixer.training.saving import (
 )
 from dsmixer.training.stages import HardStage, SoftStage, Stage, expert_lookup
 from dsmixer.training.symptoms import Symptoms
+from dsmixer.training.telling import tell, tell_problem
 from dsmixer.training.tensorboard import TensorBoardLog
-from dsmixer.training.world import World, gather_objects, once
+from dsmixer.training.together import keep_lock, stop_together
+from dsmixer.training.world import World, once
 
 
 @dataclass
@@ -57,6 +60,7 @@ class RunState:
     data: RunData
     stop_request: StopRequest
     ds_path: str | None = None
+    lock: RunLock | None = None
     pulse: Pulse = field(default_factory=Pulse)
     nonfinite: NonFinitePolicy = field(default_factory=NonFinitePolicy)
 
@@ -74,17 +78,30 @@ class RunState:
     def say(self, text: str) -> None:
         """A line on rank 0."""
         if self.world.rank == 0:
-            print(text, flush=True)
+            tell(text)
+
+    def keep_lock(self) -> None:
+        """Raises ``LockLostError`` on all ranks where another job has the run folder; a collective."""
+        keep_lock(self.world, self.lock)
 
     def warn(self, text: str) -> None:
         """A line on rank 0, on standard error."""
         if self.world.rank == 0:
-            print(f"dsmixer: warning: {text}", file=sys.stderr, flush=True)
+            tell_problem(f"warning: {text}")
 
 
 def adam_settings(config: StageConfig) -> AdamSettings:
     """The optimizer's settings of a stage."""
-    return AdamSettings(config.betas, config.eps, config.weight_decay, config.clip)
+    return AdamSettings(
+        config.betas,
+        config.eps,
+        config.weight_decay,
+        config.clip,
+        Keep(
+            "8bit" if config.optimizer.endswith("8bit") else "float32", config.optimizer.startswith("paged")
+        ),
+        isinstance(config, Stage2Config) and config.preserve.origin == "host",
+    )
 
 
 def trainable(mixture: Mixture, config: StageConfig) -> list[tuple[str, nn.Parameter]]:
@@ -169,7 +186,8 @@ def _go_on(state: RunState, engine: StageEngine, saved: SavedCheckpoint, data: S
     """Moments and counts of a checkpoint; the step to go on with."""
     restore_optimizer(engine, saved)
     then, size = saved.state.layout, state.world.size
-    start = data.sampler.check(saved.state.cursor, may_differ=state.taken.allow_changes)
+    start = saved.state.step
+    assert state.taken.allow_changes or not data.sampler.differences(saved.state.cursor)
     there = f"{then['ranks']}, ZeRO {then['zero_stage']}, EP {then['expert_parallel_size']}"
     here = f"{size}, EP {state.mixture.placement.layout.size}"
     state.say(
@@ -217,7 +235,7 @@ class _StageLog:
                         self.state.warn(text)
                     rate = report.tokens / report.seconds
                     progress.update(report.step, loss=report.loss, tokens_per_second=rate)
-                    self._save_where_due(loop, report)
+                    self._save_where_due(loop, report, logs)
         mixture.context.clear()
         mixture.model.eval()
 
@@ -229,11 +247,12 @@ class _StageLog:
             world_rank=self.state.world.rank,
         )
 
-    def _save_where_due(self, loop: Loop, report: StepReport) -> None:
+    def _save_where_due(self, loop: Loop, report: StepReport, logs: _Logs) -> None:
         if math.isfinite(report.loss):
             self.losses.append(report.loss)
         last = report.step == self.stage.num_steps
         if last or report.stop or report.step % self.state.loaded.recipe.checkpoint.every == 0:
+            logs.flush()
             self._save(loop, report.step, needed=last or report.stop)
         if report.stop:
             raise Stopped(f"stopped after step {report.step} of stage {self.stage.number}, and saved")
@@ -254,9 +273,11 @@ class _StageLog:
             config=dump_recipe(self.state.taken.asked.recipe),
             usage=self.stage.usage if isinstance(self.stage, SoftStage) else None,
             retention=Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best),
+            base=self.state.taken.base,
+            lock=self.state.lock,
         )
         try:
-            with self.state.pulse.saving():
+            with self.state.pulse.saving(str(path)):
                 save_checkpoint(self.state.world, loop.engine, save)
         except SaveError as error:
             problem = f"step {step} of stage {self.stage.number} could not be saved: {error}"
@@ -268,11 +289,7 @@ class _StageLog:
             self.saved_step = step
 
     def _refuse(self, problem: str) -> NoReturn:
-        """Said before any rank leaves: the launcher ends the others as soon as one has."""
-        if self.state.world.rank == 0:
-            print(f"dsmixer: error: {problem}", file=sys.stderr, flush=True)
-        gather_objects(self.state.world, None)
-        raise SaveError(problem)
+        stop_together(self.state.world, SaveError(problem))
 
     def _what_remains(self) -> str:
         if self.saved_step is None:
@@ -290,14 +307,24 @@ class _Logs:
     tensorboard: TensorBoardLog | None
 
     def write(self, report: StepReport) -> None:
-        """One step, if it is to be logged."""
+        """One step, if it is to be logged, or was skipped: those are counted over the starts of a run."""
         every = self.state.loaded.recipe.run.log_every
         last = report.step == self.stage.num_steps
-        if self.metrics is None or (report.step % every and not last):
+        due = last or report.skipped or report.step % every == 0
+        if self.metrics is None or not due or self._is_anothers():
             return
         row = self.metrics.write(self.stage.number, report.step, self._values(report))
         if self.tensorboard is not None:
             self.tensorboard.write(self.stage.number, report.step, row, report.statistics, last=last)
+
+    def _is_anothers(self) -> bool:
+        """Whether the folder is another job's by now; this one stops at its next save."""
+        return self.state.lock is not None and self.state.lock.lost
+
+    def flush(self) -> None:
+        """Put the rows so far on the disk, before the checkpoint that they lead to."""
+        if self.metrics is not None and not self._is_anothers():
+            self.metrics.flush()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
         values: dict[str, Any] = {

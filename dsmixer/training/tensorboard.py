@@ -16,6 +16,7 @@ import numpy as np
 
 from dsmixer.report.limits import evenly, largest, shown, with_remarks
 from dsmixer.routing.statistics import RoutingStatistics
+from dsmixer.training.telling import tell_problem
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +80,7 @@ class TensorBoardLog:
         try:
             self._write(stage, step, values, statistics, last)
         except OSError as error:  # of its writer thread, too, such as a full disk
-            print(f"dsmixer: warning: nothing more is written to {self.folder}: {error}", flush=True)
+            tell_problem(f"warning: nothing more is written to {self.folder}: {error}")
             self._enabled = False
             self.close()
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import io
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from dsmixer.config.errors import UserError, from_os_error
+from dsmixer.config.errors import RunError, UserError, from_os_error
 
 Result = TypeVar("Result")
 
@@ -27,7 +28,9 @@ BUFFER_AGE = 60.0
 """Seconds after which a buffer that no process maps is taken for forgotten."""
 
 LONGEST_WORK = timedelta(hours=12)
-"""How long ranks wait for one of them that downloads or tokenises for its node."""
+"""How long ranks wait for one that works alone: downloads, tokenises for its node, publishes."""
+
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ def is_first_on_node() -> bool:
 def join_world(timeout_seconds: float) -> World:
     """Initialise torch.distributed through DeepSpeed: NCCL on GPUs, gloo on CPUs.
 
+    A collective may then take ``timeout_seconds`` too, until ``limit_collectives`` says otherwise.
+
     Raises:
-        UserError: the ranks did not find each other within the time.
+        RunError: the ranks did not find each other within the time.
     """
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     rank, size = world_from_environment()
@@ -76,28 +80,69 @@ def join_world(timeout_seconds: float) -> World:
     if not dist.is_initialized():
         if on_cpu:
             _prepare_shared_memory_op(local_rank)
+        backend = "gloo" if on_cpu else accelerator.communication_backend_name()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of an op it has built
-                deepspeed.init_distributed(
-                    dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-                    timeout=timedelta(seconds=timeout_seconds),
-                    verbose=False,
-                )
+            _initialize(rank, size, backend, timedelta(seconds=timeout_seconds))
         except dist.DistError as error:
-            raise _apart(error, rank, size) from error
+            raise _apart(rank, size, str(error)) from error
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local_rank)
     return World(rank, size, device)
 
 
-def _apart(error: Exception, rank: int, size: int) -> UserError:
+def _initialize(rank: int, size: int, backend: str, timeout: timedelta) -> None:
+    import deepspeed
+
+    store = _meet(rank, size, timeout) if size > 1 else None
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of an op it has built
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    del store  # torch has its own now; rank 0 serves both from one port
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Wait until all ranks have come to the store that torch will use, so that a missing one can be named.
+
+    Raises:
+        RunError: names the ranks that have not come.
+        dist.DistError: rank 0 can't be reached.
+    """
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)  # torchrun serves it
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(
+        address, port, size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    keys = [f"dsmixer/rank-{other}" for other in range(size)]
+    store.set(keys[rank], "here")
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError as error:
+        missing = [other for other in range(size) if not store.check([keys[other]])]
+        if not missing:
+            raise
+        named = ", ".join(map(str, missing[:SHOWN])) + (" and more" if len(missing) > SHOWN else "")
+        came = f"rank{'s' * (len(missing) > 1)} {named} did not come within {timeout.total_seconds():.0f} s"
+        raise _apart(rank, size, came) from error
+    return store
+
+
+def _apart(rank: int, size: int, reason: str) -> RunError:
     """What it means that the processes of a run could not find each other."""
-    reason = str(error).split("\n")[0].split("Exception raised from")[0].strip()
-    return UserError(
-        f"the {size} ranks did not come together (rank {rank}: {reason})",
+    first = reason.split("\n")[0].split("Exception raised from")[0].strip()
+    return RunError(
+        f"the {size} ranks did not come together (rank {rank} on {socket.gethostname()}: {first})",
         where=f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}",
         fix="start one launcher on every node, each with its own --node_rank and all with the same hostfile, "
         "--master_addr (of node 0) and --master_port, which has to be free there and open between the nodes",
     )
+
+
+def limit_collectives(timeout: timedelta) -> None:
+    """How long a collective may take from now on, in every group that this process is in.
+
+    A group that a library opens later has torch's own limit, 10 minutes on GPUs and 30 on CPUs, until this
+    is called again.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _prepare_shared_memory_op(local_rank: int) -> None:
@@ -152,14 +197,17 @@ def _is_forgotten(buffer: Path) -> bool:
     return False
 
 
-Failure = tuple[str, str | None, str | None]
-"""A ``UserError`` on its way to other ranks: problem, where, fix."""
+Failure = tuple[type[UserError] | type[RunError], str, str | None, str | None]
+"""An error on its way to other ranks: kind, problem, where, fix."""
 
 
 def once(world: World, work: Callable[[], Result]) -> Result:
-    """Run ``work`` on rank 0 and give its result to every rank; its ``UserError`` too, so that none waits.
+    """Run ``work`` on rank 0 and give its result to every rank; its errors too, so that none waits.
 
     The result travels pickled between the processes of this run; keep it small.
+
+    Raises:
+        UserError, RunError: on every rank, what the work raised, or what its ``OSError`` comes to.
     """
     outcome: list[Any] = [None, None]
     if world.rank == 0:
@@ -177,7 +225,7 @@ def first_on_node(
     """Run ``work`` on one rank of each node, and on the others of the node only when that is done.
 
     For what a node should do once and its ranks share: a download, the making of a cache. The wait is not
-    bound by ``health.hang_timeout``. A ``UserError`` of any node's first rank reaches every rank.
+    bound by ``health.hang_timeout``. An error of any node's first rank reaches every rank, as with ``once``.
 
     Args:
         world: the ranks.
@@ -196,20 +244,20 @@ def first_on_node(
 
 
 def _caught(work: Callable[[], Result]) -> tuple[Result | None, Failure | None]:
-    """The work's result, or the mistake that it met."""
+    """The work's result, or the error that it met."""
     try:
         return work(), None
-    except UserError as error:
-        return None, (error.problem, error.where, error.fix)
+    except (UserError, RunError) as error:
+        told = error
     except OSError as error:
-        refused = from_os_error(error)
-        return None, (refused.problem, refused.where, refused.fix)
+        told = from_os_error(error)
+    return None, (type(told), told.problem, told.where, told.fix)
 
 
 def _raise_failure(failure: Failure | None) -> None:
     if failure is not None:
-        problem, where, fix = failure
-        raise UserError(problem, where=where, fix=fix)
+        kind, problem, where, fix = failure
+        raise kind(problem, where=where, fix=fix)
 
 
 def _gather_patiently(world: World, value: Result) -> list[Result]:

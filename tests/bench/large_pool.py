@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.data.collate import MicroBatch, StepBatch
-from dsmixer.experts import forms
+from dsmixer.experts import chosen
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.model.inject import Mixture, attach_mixers
@@ -156,7 +156,7 @@ def time_the_package(clock: Clock) -> None:
     """Put the clock around the parts of a step that are the same for every engine."""
     _time_forward(clock)
     _time_exchange(clock)
-    timed(clock, forms, "empty_gradient", "bank passes")
+    timed(clock, chosen, "empty_gradient", "bank passes")
     for name in ("squared_norms", "add_preserve", "prepare"):
         timed(clock, ExpertAdamW, name, "optimizer")
 

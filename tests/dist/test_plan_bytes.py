@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.launching import launch
 from support.plan_bytes_ranks import (
     BUCKET,
     CASES,
+    ELSEWHERE,
     EXPERTS,
     MIXER,
     SPREAD,
@@ -28,6 +30,7 @@ from dsmixer.placement.owners import Owners
 from dsmixer.placement.request import FLOAT32, Cluster, EngineSizes, PlanRequest, Pool, StageShape
 
 RANKS = 4
+PLANNED_AS = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
 pytestmark = pytest.mark.timeout(900)  # the launch counts for the first test
 
 
@@ -40,7 +43,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def predicted(
-    zero_stage: int, trained: str, owned: tuple[tuple[int, ...], ...] | None = None, place: int = 0
+    zero_stage: int,
+    trained: str,
+    owned: tuple[tuple[int, ...], ...] | None = None,
+    place: int = 0,
+    eight_bit: bool = False,
+    offload: Sequence[str] = (),
 ) -> RankBytes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(llama_config())
@@ -53,6 +61,7 @@ def predicted(
         trains_routers=trained != "experts",
         keeps_origin=trained == "all",
         top_k=None if trained == "experts" else MIXER["top_k"],
+        eight_bit=eight_bit,
     )
     request = PlanRequest(
         model=model_shape(model, MIXER["targets"]),
@@ -61,6 +70,7 @@ def predicted(
         stages=(stage,),
         base_bytes=FLOAT32,
         engine=EngineSizes.from_config(ds_config(zero_stage, 2)["zero_optimization"]),
+        offload=frozenset(PLANNED_AS[key] for key in offload),
     )
     mode = "tokens" if owned else "weights" if zero_stage == 3 else "replicate"
     spread = owned or (tuple(range(len(EXPERTS))),)
@@ -94,6 +104,27 @@ def test_in_tokens_mode_they_are_as_predicted_for_the_experts_of_each_rank(
         compare(rank[f"zero{zero_stage}_{name}"], plan, zero_stage, BUCKET if zero_stage == 3 else 1)
         weights.add(plan.experts)
     assert len(weights) == len({len(experts) for experts in owned}) > 1
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_kept_on_the_host_or_in_8_bits_is_as_predicted(
+    measured: list[dict[str, Any]], name: str
+) -> None:
+    """Where the ranks run on the CPU, host and device are one memory: their sum is looked at."""
+    zero_stage, settings, offload = ELSEWHERE[name]
+    plan = predicted(zero_stage, "all", eight_bit=settings.keep.precision == "8bit", offload=offload)
+    plain = predicted(zero_stage, "all")
+    bucket = FLOAT32 * BUCKET if zero_stage in (1, 3) else 0
+    assert (plan.host > 0) == bool(offload)
+    for rank in measured:
+        found = rank[name]
+        held = max(found["accumulated"], found["backward"])
+        print(
+            f"{name}: optimizer {found['engine'] - found['weights']:,}, held {held:,}: "
+            f"{held / (plan.held + plan.host + bucket):.3f} of the plan; "
+            f"without it {plain.held + bucket:,}"
+        )
+        assert held == pytest.approx(plan.held + plan.host + bucket, rel=0.05)
 
 
 def compare(found: dict[str, int], plan: RankBytes, zero_stage: int, bucket_size: int) -> None:

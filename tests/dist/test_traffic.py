@@ -63,6 +63,12 @@ RUNS = {
         *ONE_STAGE,
         CHECKPOINTED,
     ),
+    "weights_nf4": (
+        "placement.mode=weights",
+        "deepspeed.config={folder}/as_needed.json",
+        *ONE_STAGE,
+        "base.quantization=nf4",
+    ),
     "replicate_zero1": ("placement.mode=replicate", zero(1)),
     "replicate_zero2": ("placement.mode=replicate", zero(2)),
 }
@@ -272,6 +278,19 @@ def test_zero_3_gathers_a_third_time_where_layers_are_run_again(found: Found) ->
         assert experts_sent(calls) == pytest.approx(MICRO_BATCHES * weights_exchange(plan.request) * 4 / 3)
         assert planned.weights == pytest.approx(experts_sent(calls), rel=1e-6)
         assert planned.base == pytest.approx(sent(calls, kind="allgather", dtype="bfloat16"), rel=0.05)
+
+
+def test_zero_3_gathers_a_base_in_4_bits_packed(found: Found) -> None:
+    """Forward and backward, as the plan says: of the packed layers a quarter of their bytes in bfloat16."""
+    for rank in found:
+        plan: Plan = rank["weights_nf4"]["plan"]
+        base, unpacked = (
+            sent(last_step(rank[name], "stage1")["calls"], kind="allgather", dtype="bfloat16")
+            for name in ("weights_nf4", "weights")
+        )
+        print(f"nf4: base {base:.0f} of {plan.chosen.traffic['stage1'].base:.0f}, unpacked {unpacked:.0f}")
+        assert plan.chosen.traffic["stage1"].base == pytest.approx(base, rel=0.05)
+        assert base < 0.8 * unpacked, "embeddings and head are most of this small model"
 
 
 def test_zero_3_keeps_what_is_wanted_again_soon(found: Found) -> None:

@@ -16,6 +16,8 @@ LONG = os.environ.get("DSMIXER_LONG") == "1"
 
 SMALL_GATHERS = Path(__file__).with_name("small_gathers.json")
 SMALL_BUCKET = Path(__file__).with_name("small_bucket.json")
+OFFLOAD_OPTIMIZER = Path(__file__).with_name("offload_optimizer.json")
+OFFLOAD_ALL = Path(__file__).parents[2] / "ds_configs" / "zero3_offload.json"
 COPIES = 8
 IDLE_EXPERTS = [f"{domain}{i}" for domain in ("sums", "words", "rare") for i in range(COPIES)]
 
@@ -121,17 +123,83 @@ def _short() -> Iterator[Case]:
     yield from _placed_short()
     yield from _expert_faults()
     yield from _resharded()
+    yield from (*four_bit_cases(), *_four_bit_special())
     for fault in DISK_FAULTS:
         yield Case(fault, 2, (zero(2),), options={"fault": fault, "fails": fault == "full_at_the_end"})
+    yield from _low_memory()
     yield Case("hard_oracle", 2, (zero(2), *HARD_ORACLE))
+    yield Case("hard_oracle_nf4", 2, (zero(2), *HARD_ORACLE, "base.quantization=nf4"))
     yield Case("hard_oracle_gpt2", 2, (zero(1), *HARD_ORACLE), kind="gpt2", commands=((1,),))
     yield Case("soft_oracle", 2, (zero(2), *SOFT_ORACLE))
+
+
+EIGHT_BIT = both(optimizer="adamw_8bit")
+
+
+def _low_memory() -> Iterator[Case]:
+    """What is kept elsewhere, or in fewer bits."""
+    for stage in (1, 2):
+        yield Case(f"offload_z{stage}", 2, (zero(stage), f"deepspeed.config={OFFLOAD_OPTIMIZER}"))
+    yield Case("offload_z3", 2, (zero(3), f"deepspeed.config={OFFLOAD_ALL}"))
+    spread = Layout(4, "tokens", 1, 2)
+    for name, ranks, overrides in (
+        ("eight_bit_z2", 2, (zero(2),)),
+        ("eight_bit_z3", 2, (zero(3),)),
+        ("eight_bit_spread", spread.ranks, spread.overrides),
+    ):
+        yield Case(name, ranks, (*overrides, *EIGHT_BIT))
+    yield Case("eight_bit_stopped_z2", 2, (zero(2), *EIGHT_BIT), options={"stop_at": [[1, 2], [2, 5]]})
 
 
 def placed(layout: Layout, experts: str = "preserve", num_experts: int = 6) -> Case:
     """A run of ten steps a stage in a layout; six experts or five, trained on or frozen in stage two."""
     overrides = (*PLACED, *layout.overrides, f"stage2.experts={experts}")
     return Case(f"{layout.name}_{experts}{num_experts}", layout.ranks, overrides, kind=f"uneven{num_experts}")
+
+
+FOUR_BIT_SHORT = [
+    *(Layout(1, mode, stage) for mode, stage in (("replicate", 0), ("weights", 3))),
+    *(Layout(2, "replicate", stage) for stage in (0, 1, 2)),
+    Layout(2, "weights", 3),
+    *(Layout(2, "tokens", stage, 2) for stage in (1, 3)),
+]
+BF16_SHORT = [Layout(1, "replicate", 0), Layout(2, "weights", 3), Layout(2, "tokens", 2, 2)]
+
+
+def four_bit(layout: Layout, dtype: str = "float32", kind: str = "nf4") -> Case:
+    """A run of three steps a stage on a base in 4 bits, of whose weights none stays gathered under ZeRO-3."""
+    overrides = (*both(max_steps=3), *layout.overrides, f"base.quantization={kind}", f"base.dtype={dtype}")
+    if layout.zero_stage == 3:
+        overrides = (*overrides, f"deepspeed.config={SMALL_GATHERS}")
+    # a finished run of each way to hold the base is evaluated too, and published
+    options = {"finish": True} if layout.mode != "replicate" or layout.ranks == 1 else {}
+    return Case(f"{kind}_{dtype}_{layout.name}", layout.ranks, overrides, options=options)
+
+
+def four_bit_cases() -> list[Case]:
+    """Those of ``test_quantized`` that are compared with the plain run of their dtype on one rank."""
+    more = [layout for ranks in (1, 2) for layout in layouts(ranks)] if LONG else []
+    found = {}
+    for dtype, short in (("float32", FOUR_BIT_SHORT), ("bfloat16", BF16_SHORT)):
+        for layout in (*short, *more):
+            case = four_bit(layout, dtype)
+            found[case.name] = case
+    return list(found.values())
+
+
+def _four_bit_special() -> Iterator[Case]:
+    """What the pairs leave out, on one rank and cut by ZeRO-3 on two."""
+    one, cut = Layout(1, "replicate", 0), Layout(2, "weights", 3)
+    for layout in (one, cut):
+        plain, single = four_bit(layout), four_bit(layout, kind="fp4")
+        yield replace(single, overrides=(*single.overrides, "base.double_quantization=false"), options={})
+        yield replace(plain, name=f"gpt2_{plain.name}", kind="gpt2", options={})
+        imported = (*plain.overrides, "stage1.enabled=false", "stage2.experts=frozen")
+        source = {"adapters": plain.name}
+        yield replace(plain, name=f"{plain.name}_imported", overrides=imported, options=source)
+    again = four_bit(cut)
+    checkpointed = (*again.overrides, CHECKPOINTED)
+    yield replace(again, name=f"{again.name}_checkpointed", overrides=checkpointed, options={})
 
 
 def _placed_short() -> Iterator[Case]:

@@ -36,10 +36,10 @@ class Runs:
         key = _launch_of(case)
         if key not in self._launched:
             for other in self._cases.values():
-                if _launch_of(other) == key and "take" in other.options:
-                    source = other.options["take"][0]
+                needed = [other.options.get("take", [None])[0], other.options.get("adapters")]
+                for source in filter(None, needed if _launch_of(other) == key else ()):
                     if _launch_of(self._cases[source]) != key:
-                        self[source]  # its checkpoints have to be there
+                        self[source]  # its checkpoints or adapters have to be there
             self._launched[key] = self._launch(key)
         self._launched[key].check()
         return RunRecord(self.folder / case.kind / "runs" / name)

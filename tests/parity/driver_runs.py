@@ -6,7 +6,7 @@ A case: ``name``, ``recipe``, ``overrides``, ``stages`` ([1, 2]), ``stop_at`` ([
 SIGTERM to the last rank before that step, after which the run is taken up again), ``fault`` (a name below),
 ``fails`` (whether the fault ends the run once, with which it is taken up again without it), ``take`` ([run,
 stage, step]: go on from a copy of what that run had saved by then), ``start_from`` and ``allow_changes``
-(of the request).
+(of the request), ``adapters`` (a run whose published experts are imported), ``finish`` (evaluate, publish).
 Instead of a mixture and a report, the end of a run writes what only the live model shows: its trained
 weights in ``live.safetensors``, and ``observed.json``.
 """
@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,27 @@ import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 from support.faults import FEW_BYTES, interrupt_steps, limit_files
+from support.oracles import plain_base
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dsmixer.adapters.mixture_folder import read_description
 from dsmixer.config.checks import check_recipe
 from dsmixer.config.ds_json import merge_ds_config
 from dsmixer.config.recipe import LoadedRecipe, load_recipe
+from dsmixer.config.schema import BaseConfig
 from dsmixer.data.collate import MicroBatch, StepBatch
+from dsmixer.evaluation.methods import evaluate_mixture
 from dsmixer.model.load import LoadedBase
 from dsmixer.placement.groups import unpartitioned
 from dsmixer.routing.statistics import RoutingStatistics
+from dsmixer.training import finish as finish_module
 from dsmixer.training import run as run_module
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.health import Stopped
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.optimizer import StepPlan
 from dsmixer.training.run import RunRequest, train
-from dsmixer.training.saving import SaveError
+from dsmixer.training.saving import SaveError, whole_weights
 from dsmixer.training.stage_run import RunState
 from dsmixer.training.world import gather_objects
 
@@ -136,9 +142,45 @@ LOOPS: dict[str | None, type[Loop]] = {
 }
 
 
-def observe(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
+def _as_loaded(base: BaseConfig) -> dict[str, torch.Tensor]:
+    """The base's tensors as on the disk; in 4 bits packed weights and scales, as bitsandbytes makes them."""
+    if base.quantization == "none":
+        return load_file(Path(base.model) / "model.safetensors")
+    return dict(plain_base(base).state_dict())
+
+
+def _scales(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The scales of a model's packed weights, by the names of ``state_dict``; every rank has all of them."""
+    return {
+        f"{name}.{key}": tensor
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "quant_state")
+        for key, tensor in parameter.quant_state.as_dict(packed=True).items()
+    }
+
+
+def _same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Read as numbers, packed weights may be NaN, which no number equals."""
+    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, two)]
+    return one.dtype == two.dtype and torch.equal(*bits)
+
+
+def _finish(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
+    """Publish and evaluate, on some of the training examples, as the end of a run does."""
+    finish_module._publish(state, base, whole_weights(state.mixture), {})
+    recipe = state.loaded.recipe
+    settings = recipe.evaluation.model_copy(update={"generate_max_new_tokens": 2})
+    domains = [dataclasses.replace(domain, test=domain.train[:4]) for domain in state.data.domains]
+    found = evaluate_mixture(engine.engine, base.tokenizer, domains, settings)
+    if state.world.rank == 0:
+        (state.folder.path / "evaluated.json").write_text(json.dumps(found["rows"]))
+
+
+def observe(state: RunState, base: LoadedBase, engine: StageEngine, *, finish: bool = False) -> None:
     """What a test wants of the live model at the end of a run."""
-    saved = load_file(Path(state.loaded.recipe.base.model) / "model.safetensors")
+    if finish:
+        _finish(state, base, engine)
+    saved = _as_loaded(state.loaded.recipe.base)
     own = dict([*state.mixture.expert_parameters(), *state.mixture.router_parameters()])
     facts: dict[str, Any] = {
         "trained_dtypes": set(),
@@ -154,7 +196,12 @@ def observe(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
         if name in own:
             live[name] = whole
         elif (original := saved.get(name.replace(".base.", "."))) is not None:
-            facts["frozen" if torch.equal(whole, original.to(whole.dtype)) else "frozen_changed"].append(name)
+            same = _same_bits(whole, original.to(whole.dtype))
+            facts["frozen" if same else "frozen_changed"].append(name)
+    for name, scale in _scales(state.mixture.model).items():
+        same = _same_bits(scale, saved[name.replace(".base.", ".")])
+        facts["frozen" if same else "frozen_changed"].append(name)
+    facts["class_of_base"] = {type(m.base).__name__ for m in state.mixture.mixers.values()}
     engine.release()
     facts["owners_apart"] = _owners_apart(state)
     if state.world.rank == 0:
@@ -213,6 +260,14 @@ def run_case(case: dict[str, Any]) -> None:
     """One run, taken up again after each stop."""
     name, pending = case["name"], [list(stop) for stop in case.get("stop_at", ())]
     loaded = load_recipe(case["recipe"], [*case["overrides"], f"run.name={name}"])
+    if "adapters" in case:
+        folder = Path(loaded.recipe.run.dir) / case["adapters"] / "mixture"
+        names = read_description(folder)[1].experts
+        named = ", ".join(f"{{name: {name}, path: {folder}/experts/{name}}}" for name in names)
+        loaded = load_recipe(
+            case["recipe"], [*case["overrides"], f"run.name={name}", f"mixer.experts=[{named}]"]
+        )
+    run_module.finish_run = partial(observe, finish=case.get("finish", False))  # type: ignore[assignment]
     loaded, _ = merge_ds_config(loaded)
     check_recipe(loaded)
     interrupt_steps(pending, signal.SIGTERM, LOOPS[case.get("fault")])
@@ -236,7 +291,6 @@ def main() -> None:
     parser.add_argument("cases", type=Path)
     parser.add_argument("--local_rank", type=int)
     torch.set_num_threads(1)
-    run_module.finish_run = observe  # type: ignore[assignment]
     for case in json.loads(parser.parse_args().cases.read_text()):
         if os.environ["RANK"] == "0":
             print(f"case {case['name']}", flush=True)

@@ -98,8 +98,11 @@ class Trials:
             self._check_repeated(before, job)
             if not killed:
                 break  # it was done before the kill came
+        before = self.record(name)
         job = self.server.run(self.arguments(name), ranks=RANKS)
         assert list(job.codes.values()) == [0] * RANKS, job.output[-8000:]
+        self._check_repeated(before, job)
+        self._check_told(before, job)
         self._compare(name)
         shutil.rmtree(self.folder / "runs" / name)
         return told
@@ -121,10 +124,17 @@ class Trials:
         return {stage: max(run.steps(stage), default=0) for stage in (1, 2)}
 
     def _check_repeated(self, published: dict[int, int], job: Job) -> None:
-        """A start goes on from what was published, not from before it."""
+        """A start goes on from what was published last, and from nothing else."""
         for stage, step in published.items():
             for line in job.lines(f"stage {stage} goes on after step "):
-                assert int(line.split("after step ")[1].split()[0]) >= step, line
+                assert int(line.split("after step ")[1].split()[0]) == step, line
+
+    def _check_told(self, published: dict[int, int], job: Job) -> None:
+        """A start that comes to its end says where it has gone on; nothing where a stage began anew."""
+        stage = 2 if published[2] else 1
+        if "is finished" in job.output or not 0 < published[stage] < STEPS + (stage == 2):
+            return
+        assert len(job.lines(f"stage {stage} goes on after step {published[stage]} of ")) == 1, job.output
 
     def _compare(self, name: str) -> None:
         ours, alone = RunRecord(self.folder / "runs" / name), RunRecord(self.folder / "runs" / "alone")

@@ -27,12 +27,12 @@ changed(
     "domain name with a slash", "name: chess", "name: ../x", "../x", "data.domains.1.name", "write a name"
 )
 changed(
-    "unsupported quantization",
+    "unknown quantization",
     "  dtype: float32",
-    "  quantization: nf4",
-    "nf4",
+    "  quantization: int8",
+    "int8",
     "base.quantization",
-    "write none",
+    "write one of none, nf4, fp4",
 )
 changed("unsupported placement", "deepspeed:", "placement: {mode: tokens}\ndeepspeed:", "tokens", "replicate")
 

@@ -21,6 +21,7 @@ from dsmixer.data.collate import MicroBatch, StepBatch
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training import stage_run
 from dsmixer.training.loop import Loop, StepReport
+from support.fault_places import prepare_place, tell_fault, time_saves
 
 
 def prepare(rank: int, fault: Mapping[str, Any]) -> None:
@@ -31,8 +32,12 @@ def prepare(rank: int, fault: Mapping[str, Any]) -> None:
         fault: ``kind``; the ``rank`` that it concerns; ``stage`` and ``step`` (from 1) before which it comes.
             Kinds: ``signal`` with ``number``; ``raises``, in the data loader; ``hangs``, there; ``nan``, with
             ``to`` a folder where the ranks say what the step changed; ``omit``, the step is not done at all;
-            ``points``, see ``kill_at_point``.
+            ``points``, see ``kill_at_point``; ``place``, see ``prepare_place``.
     """
+    if fault["kind"] == "place":
+        if rank == fault["rank"]:
+            prepare_place(fault)
+        return
     if fault["kind"] == "points":
         if rank in fault["ranks"]:
             told = f"{fault['to']}-{rank}" if "to" in fault else None
@@ -41,6 +46,7 @@ def prepare(rank: int, fault: Mapping[str, Any]) -> None:
     kinds: dict[str, type[FaultyLoop]] = {"nan": PoisonedLoop, "omit": OmittingLoop}
     loop = kinds.get(fault["kind"], FaultyLoop)
     loop.fault = fault
+    time_saves(stage_run)
     stage_run.Loop = loop  # type: ignore[misc]
 
 
@@ -56,6 +62,7 @@ class FaultyLoop(Loop):
     def run_step(self, step: int) -> StepReport:
         if not self.is_here(step) or self.world.rank != self.fault["rank"]:
             return Loop.run_step(self, step)
+        tell_fault()
         if self.fault["kind"] == "signal":
             os.kill(os.getpid(), self.fault["number"])
             return Loop.run_step(self, step)
@@ -79,6 +86,8 @@ class PoisonedLoop(FaultyLoop):
 
     def run_step(self, step: int) -> StepReport:
         PoisonedLoop.poison = self.is_here(step) and self.world.rank == self.fault["rank"]
+        if PoisonedLoop.poison:
+            tell_fault()
         before = self.held()
         report = Loop.run_step(self, step)
         if self.is_here(step):
@@ -100,7 +109,9 @@ class PoisonedLoop(FaultyLoop):
     def held(self) -> list[torch.Tensor]:
         """Copies of all that a step may change: partitions, moments, counts, and the weights of the model."""
         optimizer, shards = self.engine.optimizer, self.engine.shards
-        moments = [optimizer.moment(key, i) for key in ("exp_avg", "exp_avg_sq") for i in range(len(shards))]
+        moments = [
+            optimizer.moments.flat(key, i) for key in ("exp_avg", "exp_avg_sq") for i in range(len(shards))
+        ]
         model = [p.detach() for p in self.engine.engine.module.parameters() if p.requires_grad]
         usage = getattr(self.stage, "usage", torch.zeros(0))
         whole = [*(shard.flat() for shard in shards), *moments, optimizer.steps, *model, usage]

@@ -7,6 +7,7 @@ launcher is not there. The server is this file run as a script; a test holds it 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -159,10 +160,13 @@ class RankServer:
 def serve() -> int | None:
     """Fork a job a request, and answer with its pids; an empty request asks for those that have ended."""
     import deepspeed  # noqa: F401
+    import matplotlib.backends.backend_svg  # noqa: F401
+    import pandas  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import dsmixer.training.run  # noqa: F401
 
+    gc.freeze()  # what is imported is never garbage: no rank needs to look through it
     for line in sys.stdin:
         request = json.loads(line)
         if not request:

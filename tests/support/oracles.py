@@ -17,9 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dsmixer.config.recipe import LoadedRecipe, load_recipe
+from dsmixer.config.schema import BaseConfig
 from dsmixer.config.stages import StageConfig
 from dsmixer.model.inject import Mixture, attach_mixers
 from dsmixer.model.load import load_base, load_tokenizer
@@ -41,6 +42,21 @@ def mixture_of_recipe(recipe: Path, overrides: Sequence[str]) -> Mixture:
     data = load_run_data(loaded.recipe, None)
     base = load_base(loaded.recipe.base)
     return attach_mixers(base.model, mixer_config(loaded.recipe, data.expert_names(loaded.recipe), None))
+
+
+def plain_base(base: BaseConfig) -> Any:
+    """A base as transformers and bitsandbytes load it, without anything of this package."""
+    dtype = getattr(torch, base.dtype)
+    if base.quantization == "none":
+        return AutoModelForCausalLM.from_pretrained(base.model, dtype=dtype)
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=base.quantization,
+        bnb_4bit_use_double_quant=base.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(base.model, dtype=dtype, quantization_config=packing)
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ class PeftExperts:
             target_modules=PEFT_TARGETS[kind],
             fan_in_fan_out=kind == "gpt2",
         )
-        base = AutoModelForCausalLM.from_pretrained(self.steps.loaded.recipe.base.model, dtype=torch.float32)
+        base = plain_base(self.steps.loaded.recipe.base)
         model: Any = get_peft_model(base, lora)
         for path in self.paths:
             layer = model.base_model.model.get_submodule(path)

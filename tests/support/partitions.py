@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,8 +141,9 @@ def save_fake(
     small: Tensors | None = None,
     loss: float | None = None,
     config: str = "run: {}\n",
+    state: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save as all ranks of a run would, one after the other."""
+    """Save as all ranks of a run would, one after the other; ``state``: what is other than ``fake_state``."""
     begin_save(folder, step, 0)
     building = building_folder(folder, step)
     entries = {}
@@ -149,7 +151,7 @@ def save_fake(
         sources = list(fake_sources(pool, ranks, rank))
         own = write_parts(building, rank, sources, small if rank == 0 else None, file_bytes=file_bytes)
         entries |= {name: file_entry(building / name) for name in own}
-    return finish_save(folder, fake_state(pool, step, loss), config, entries)
+    return finish_save(folder, replace(fake_state(pool, step, loss), **(state or {})), config, entries)
 
 
 def fake_sources(pool: FakePool, ranks: FakeRanks, rank: int) -> Iterator[Source]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dsmixer.placement.exchange import token_placement
 from dsmixer.placement.groups import cut_weights, expert_parallel_group
 from dsmixer.placement.layout import ExpertLayout
 from dsmixer.training.engine import start_engine
+from dsmixer.training.moments import Keep
 from dsmixer.training.optimizer import AdamSettings
 
 BUCKET = 8192
@@ -41,6 +43,14 @@ SPREAD = {
 }
 """Experts of the ranks of a group: some hold more than others, and one expert has several owners."""
 SPREAD_STAGES = (1, 2, 3)
+ELSEWHERE = {
+    "offload1": (1, AdamSettings(), ("offload_optimizer",)),
+    "offload2": (2, AdamSettings(), ("offload_optimizer",)),
+    "offload3": (3, AdamSettings(), ("offload_optimizer", "offload_param")),
+    "eight_bit1": (1, AdamSettings(keep=Keep("8bit")), ()),
+    "eight_bit3": (3, AdamSettings(keep=Keep("8bit")), ()),
+}
+"""ZeRO stage, optimizer and what DeepSpeed keeps on the host; of all that trains in stage two."""
 EXPERTS = ("a", "b", "c", "d", "e")
 MIXER: dict[str, Any] = {"targets": ["q", "k", "v", "o"], "experts": EXPERTS, "rank": 8, "top_k": 2}
 
@@ -101,7 +111,7 @@ def new_mixture(owned: tuple[tuple[int, ...], ...] | None, stage: int) -> tuple[
     return attach_mixers(model, MixerConfig(**MIXER), placement, settle), most
 
 
-def ds_config(stage: int, accumulation: int) -> dict[str, Any]:
+def ds_config(stage: int, accumulation: int, offload: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -113,17 +123,24 @@ def ds_config(stage: int, accumulation: int) -> dict[str, Any]:
             "reduce_scatter": True,
             "reduce_bucket_size": BUCKET,
             "stage3_param_persistence_threshold": 200,
+            **{key: {"device": "cpu"} for key in offload},
         },
     }
 
 
-def measure(stage: int, trained: str, owned: tuple[tuple[int, ...], ...] | None = None) -> dict[str, int]:
+def measure(
+    stage: int,
+    trained: str,
+    owned: tuple[tuple[int, ...], ...] | None = None,
+    settings: AdamSettings | None = None,
+    offload: Sequence[str] = (),
+) -> dict[str, int]:
     before = live_bytes()
     mixture, most = new_mixture(owned, stage)
     experts, routers = list(mixture.expert_parameters()), list(mixture.router_parameters())
     parameters = {"experts": experts, "all": [*experts, *routers], "routers": routers}[trained]
     found = {"made": most - before, "loaded": live_bytes(mixture.model) - before}
-    started = start_engine(mixture, parameters, AdamSettings(), ds_config(stage, 2))
+    started = start_engine(mixture, parameters, settings or AdamSettings(), ds_config(stage, 2, offload))
     if trained == "all":
         started.optimizer.hold_origin()
     found["engine"] = live_bytes(mixture.model) - before
@@ -148,6 +165,8 @@ def main(folder: Path) -> None:
     for name, owned in SPREAD.items():
         for stage in SPREAD_STAGES:
             found[f"zero{stage}_{name}"] = measure(stage, "all", owned)
+    for name, (stage, settings, offload) in ELSEWHERE.items():
+        found[name] = measure(stage, "all", settings=settings, offload=offload)
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from support.partitions import FakePool, FakeRanks, save_fake
 
 from dsmixer.checkpoint.schema import MANIFEST, STATE
-from dsmixer.checkpoint.verify import damage, shared_out
+from dsmixer.checkpoint.verify import UnreadableError, damage, shared_out
 from dsmixer.config.errors import UserError
 from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.run_folder import RunFolder
@@ -80,14 +80,57 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
             assert problem is not None and str(manifest) in problem, (place, bit, problem)
 
 
-def test_without_a_whole_checkpoint_each_is_named_and_none_used(tmp_path: Path) -> None:
+def test_a_stage_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
     folder, before, newest = saved_twice(tmp_path)
     (before / MANIFEST).unlink()
     (newest / STATE).unlink()
+    there = sorted(tmp_path.rglob("*"))
     lines: list[str] = []
     checkpoints = Checkpoints(ALONE, folder, lines.append)
-    assert checkpoints.newest(1) is None and checkpoints.newest(1) is None
-    assert len(lines) == 2, "each is told once"
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of the 2 checkpoints is whole") as caught:
+            checkpoints.newest(1)
+    text = str(caught.value)
+    assert f"{newest / STATE}: missing" in text and f"move {folder.checkpoints(1)} away" in text
+    assert len(lines) == 1, "the one behind which there is another, once"
+    assert sorted(tmp_path.rglob("*")) == there
+    newest.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="the only checkpoint is not whole"):
+        checkpoints.open(1)
+    before.rename(tmp_path / "elsewhere too")
+    assert checkpoints.open(1) is None, "a stage that has none begins"
+
+
+def looped(path: Path) -> None:
+    """What the system refuses to read, whoever asks: a link to itself."""
+    path.rename(path.with_name("put-by"))
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATE, "rank-00000-000.safetensors", "."])
+def test_what_the_system_refuses_to_read_is_not_taken_for_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """An older checkpoint would be gone on from, and a good one set aside, whenever a disk is away."""
+    folder, _, newest = saved_twice(tmp_path)
+    file = folder.checkpoints(1) if name == "." else newest / name
+    looped(file)
+    lines: list[str] = []
+    for look in (Checkpoints(ALONE, folder, lines.append).newest, Checkpoints(ALONE, folder, print).open):
+        with pytest.raises(UnreadableError, match="Too many levels of symbolic links"):
+            look(1)
+        error = capsys.readouterr().err
+        assert error.startswith(f"dsmixer: error: {file}: Too many levels"), error
+        assert "nothing was moved" in error and "Run the same command again" in error and "--from" in error
+    assert lines == []
+
+
+def test_what_can_not_be_read_stops_a_run_even_where_another_file_is_damaged(tmp_path: Path) -> None:
+    folder, _, newest = saved_twice(tmp_path)
+    (newest / STATE).unlink()
+    looped(newest / "config.yaml")
+    with pytest.raises(UnreadableError, match="config.yaml"):
+        Checkpoints(ALONE, folder, print).newest(1)
 
 
 def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_damaged(tmp_path: Path) -> None:

@@ -5,36 +5,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support import bad_folders, bad_recipes, bad_sources
 from support.bad_input import CASES, Site, fill
-from support.launching import REPOSITORY, launch, launch_environment
+from support.launching import REPOSITORY, launch
+from support.outcomes import PREFIX, WRONG_INPUT, Outcome, outcomes_of, run, table
 from support.tiny import write_base
 
 assert bad_recipes and bad_sources and bad_folders  # importing them fills CASES
 
-PREFIX = "dsmixer: error: "
-FAILED, WRONG_INPUT = 1, 2
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A command that went wrong, and what is on disk before and after it."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    says: list[str]
-    before: dict[str, str]
-    after: dict[str, str]
+FAILED = 1
 
 
 @pytest.fixture(scope="module")
@@ -52,64 +37,21 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[dict[str, Outcome]]:
     """All cases, run one after the other in one process."""
-    root = tmp_path_factory.mktemp("bad")
-    sites = {name: Site(root / f"{i:02}", bases) for i, name in enumerate(CASES)}
-    asked = {name: spoil(sites[name]) for name, spoil in CASES.items()}
-    before = {name: site.tree() for name, site in sites.items()}
-    commands, results = root / "commands.json", root / "results.json"
-    commands.write_text(json.dumps({name: arguments for name, (arguments, _) in asked.items()}))
-    script = REPOSITORY / "tests" / "support" / "run_commands.py"
-    done = run([str(script), str(commands), str(results)])
-    assert done.returncode == 0, done.stderr
-    found = {
-        name: Outcome(**result, says=asked[name][1], before=before[name], after=sites[name].tree())
-        for name, result in json.loads(results.read_text()).items()
-    }
+    found = outcomes_of(tmp_path_factory.mktemp("bad"), bases, CASES)
     yield found
-    print(table(found))
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """A Python process as a user starts it, without a launcher."""
-    environment = launch_environment()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-
-
-def table(outcomes: dict[str, Outcome]) -> str:
-    rows = [f"\n{len(outcomes)} kinds of bad input\n{'case':<44} exit  message"]
-    for name, outcome in outcomes.items():
-        said = [line for line in outcome.stderr.splitlines() if "error:" in line] or ["(nothing)"]
-        rows.append(f"{name:<44} {outcome.returncode:>4}  {said[0].removeprefix(PREFIX)}")
-    return "\n".join(rows)
+    print(table(found, "kinds of bad input"))
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_bad_input_ends_with_one_message_that_names_place_and_fix_and_changes_nothing(
     name: str, outcomes: dict[str, Outcome]
 ) -> None:
-    outcome = outcomes[name]
-    assert outcome.returncode == WRONG_INPUT, outcome.stderr
-    assert outcome.stderr.count("error:") == 1, outcome.stderr
-    assert "Traceback" not in outcome.stderr + outcome.stdout
-    missing = [text for text in outcome.says if text not in outcome.stderr]
-    assert not missing, f"{missing} not in\n{outcome.stderr}"
-    assert outcome.after == outcome.before
+    outcomes[name].check()
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("unknown stage", "unknown command")])
 def test_nothing_but_the_message_is_on_standard_error(name: str, outcomes: dict[str, Outcome]) -> None:
-    stderr = outcomes[name].stderr
-    assert stderr.startswith(PREFIX)
-    assert "\n  Fix: " in stderr
+    outcomes[name].check_alone()
 
 
 @pytest.fixture

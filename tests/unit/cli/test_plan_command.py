@@ -134,14 +134,15 @@ def test_the_table_names_the_choice_the_bytes_and_the_reason(
         assert text in shown, text
 
 
-def test_a_note_names_a_base_that_this_version_does_not_load(
+def test_a_note_says_where_a_four_bit_base_is_whole(
     recipe: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    arguments = ["base.quantization=nf4", "--model-config", str(config), "--world-size", "2"]
+    keys = ["base.quantization=nf4", "deepspeed.zero_stage=3"]
+    arguments = [*keys, "--model-config", str(config), "--world-size", "2"]
     assert main(["plan", "--config", str(recipe), *arguments]) == 0
     shown = capsys.readouterr().out
-    assert "this version does not load one yet" in " ".join(shown.split())
+    assert "whole on every rank while it is loaded" in " ".join(shown.split())
 
 
 def test_where_nothing_fits_it_still_ends_well_and_says_what_would(

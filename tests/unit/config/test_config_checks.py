@@ -97,7 +97,7 @@ def test_what_does_not_go_together_is_refused(
 @pytest.mark.parametrize(
     ("override", "key", "problem"),
     [
-        ("base.quantization=nf4", "base.quantization", "nf4 is not supported by this version"),
+        ("base.double_quantization=false", "base.double_quantization", "base.quantization is none"),
         ("data.domains.0.train=absent.jsonl", "data.domains.0.train", "no such file or folder: absent.jsonl"),
         ("data.domains.1.test=~/x.jsonl", "data.domains.1.test", "no such file or folder"),
         ("data.domains.1.name=law", "data.domains.1.name", "'law' is taken by"),

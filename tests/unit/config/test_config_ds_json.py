@@ -38,7 +38,7 @@ def test_every_shipped_file_gives_a_configuration_that_deepspeed_accepts(load: L
     config = deepspeed_config(loaded, loaded.recipe.stage2, 1)
     assert "auto" not in json.dumps(config)
     parsed = DeepSpeedConfig(config)
-    assert parsed.zero_config.stage == int(path.name.removeprefix("zero")[0])
+    assert parsed.zero_config.stage == int(path.name.removeprefix("qlora_").removeprefix("zero")[0])
     assert (parsed.zero_config.offload_optimizer is not None) == ("offload" in path.name)
     assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (8, 2)
     assert parsed.gradient_accumulation_steps == 4

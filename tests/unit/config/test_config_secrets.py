@@ -35,7 +35,13 @@ def check(folder: Path, model: str = "org/base", train: str = "org/law") -> None
         "hf_" + "a1B2" * 8,
         "github_pat_" + "a1B2" * 10,
         "sk-" + "a1B2" * 10,
+        "sk-ant-api03-" + "a1B2-c3_D4" * 9,
+        "sk-proj-a1-" + "B2_c3-D4" * 6,
+        "sk-svcacct-" + "a1B2" * 12,
         "AKIA" + "ABCD1234" * 2,
+        "ASIA" + "ABCD1234" * 2,
+        "xoxb-123456789012-123456789012-" + "a1B2" * 6,
+        "xoxe.xoxp-1-" + "a1B2" * 12,
     ],
 )
 def test_a_secret_is_refused_by_its_key_and_not_repeated(tmp_path: Path, secret: str) -> None:
@@ -54,6 +60,11 @@ def test_a_secret_is_refused_by_its_key_and_not_repeated(tmp_path: Path, secret:
         "models/hf_Meta-Llama-3-8B-Instruct-long-name",
         "data/sk-learn-documentation-of-all-versions-v2",
         "org/tokens-and-keys@v1.0",
+        "data/sk-proj-documentation-of-every-version-2024",
+        "models/sk-ant-colony-optimization-instructions-7b",
+        "team/sk-admin-Handbook-Of-All-Departments-Cleaned",
+        "org/xoxo-letters-of-the-nineties",
+        "data/ASIA-PACIFIC-NEWS-2024",
     ],
 )
 def test_ordinary_names_are_none(tmp_path: Path, name: str) -> None:

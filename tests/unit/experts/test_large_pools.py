@@ -7,7 +7,9 @@ import torch
 
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.bank import ExpertBank
-from dsmixer.experts.forms import DENSE_LIMIT, _Grouped, _sort_pairs, auto_form, forms
+from dsmixer.experts.dense import DENSE_LIMIT
+from dsmixer.experts.forms import auto_form, forms
+from dsmixer.experts.grouped import _Grouped, _sort_pairs
 
 E, R, D, O, T, K = 100, 8, 6, 4, 9, 3
 """E * R is above the limit of the dense form, the pairs are fewer than the experts."""
@@ -80,8 +82,7 @@ def test_a_bound_on_the_chosen_experts_does_for_their_number(among: list[int]) -
     """What a device does, where the number is not known: slots to spare change nothing."""
     given, indices_TK = leaves(), pairs_of(among)
     expected = by_loop(given, indices_TK, torch.ones(E, dtype=torch.float64))
-    absent_TK = torch.where(indices_TK < 0, E, indices_TK)
-    y = _Grouped.apply(*given.values(), absent_TK, T * K)
+    y = _Grouped.apply(*given.values(), indices_TK, torch.ones(E), T * K, None)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for left, right in zip(gradients(y, given), gradients(expected, given), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
@@ -91,7 +92,7 @@ def test_pairs_are_counted_by_what_is_chosen_and_not_by_the_pool() -> None:
     indices_TK = torch.tensor([[5, 900], [-1, 5], [17, -1]])
     assignment = Assignment(1000, indices_TK=indices_TK, weights_TK=torch.ones(3, 2))
     assert assignment.chosen_C is not None and assignment.chosen_C.tolist() == [5, 17, 900]
-    pairs = _sort_pairs(torch.where(indices_TK < 0, 1000, indices_TK), 1000, 3)
+    pairs = _sort_pairs(indices_TK, 1000, 3)
     assert pairs.chosen_C is not None and pairs.chosen_C.tolist() == [5, 17, 900]
     assert pairs.ends_C.tolist() == [2, 3, 4] and pairs.order_N.tolist() == [0, 3, 4, 1]
 

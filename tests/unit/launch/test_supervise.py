@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -143,3 +144,43 @@ def test_a_command_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None
     command = [sys.executable, str(SUPERVISE), "--", str(tmp_path / "nothing")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and f"can't start {tmp_path / 'nothing'}: No such file" in ended.stderr
+
+
+def test_a_command_without_ranks_gets_the_signal_itself(wrapper: Wrapper) -> None:
+    """One process without a launcher, or a launcher whose ranks are on other machines."""
+    alone = wrapper.folder / "launcher"
+    alone.write_text(
+        '#!/usr/bin/env bash\ntrap "exit 75" TERM\necho >"$FOLDER/ready"\nread -r <"$FOLDER/never"\n'
+    )
+    process = wrapper.start()
+    (wrapper.folder / "ready").read_text()
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 75 and errors.count("the signal goes to the command itself") == 1
+
+
+def test_what_fails_after_an_hour_each_time_is_not_started_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("supervise", SUPERVISE)
+    assert spec is not None and spec.loader is not None
+    supervise = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(supervise)
+    monkeypatch.setattr(supervise, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(supervise, "ranks_below", lambda pid: iter(()))
+    assert supervise.Supervisor(["false"], 1, 0.0, None).run() == 1
+    errors = capfd.readouterr().err
+    assert errors.count("restart 1 of 1") == 10 and "no restart is left of 10 in all" in errors
+
+
+def test_a_log_that_can_not_be_written_ends_no_supervision(wrapper: Wrapper) -> None:
+    command = [sys.executable, str(SUPERVISE), "--pause", "0.01", "--"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [*command, str(wrapper.folder / "launcher"), "fails-once"],
+            env={**os.environ, "FOLDER": str(wrapper.folder)},
+            stderr=full,
+            check=False,
+        )
+    assert (ended.returncode, wrapper.starts) == (0, 2)

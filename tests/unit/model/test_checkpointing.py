@@ -27,10 +27,12 @@ class Step(NamedTuple):
     gradients: dict[str, torch.Tensor]
 
 
-def train_step(tiny: TinyModel, checkpointing: bool, router: str, mode: str, usage_from: str) -> Step:
+def train_step(
+    tiny: TinyModel, checkpointing: bool, router: str, mode: str, usage_from: str, compute: str = "grouped"
+) -> Step:
     model = tiny("llama")
     config = MixerConfig(
-        "qkvo", "abcd", rank=4, alpha=8, router=router, router_std=0.3, dropout=0.2, compute="grouped"
+        "qkvo", "abcd", rank=4, alpha=8, router=router, router_std=0.3, dropout=0.2, compute=compute
     )
     mixture = attach_mixers(model, config)
     torch.manual_seed(1)
@@ -82,3 +84,12 @@ def test_checkpointing_on_equals_off_in_losses_gradients_and_statistics(
         num_routers = 8 if router == "per_projection" else 4
         # tokens are the last column before the counts by domain
         assert off.statistics[:, 6 * 4 + 1].tolist() == [11.0] * num_routers
+
+
+@pytest.mark.parametrize("router", ["per_projection", "per_block"])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_what_runs_again_has_the_same_dropout_in_the_wide_product_too(tiny: TinyModel, router: str) -> None:
+    off, on = (train_step(tiny, again, router, "topk", "previous_step", "dense") for again in (False, True))
+    assert off.loss == on.loss
+    for name, gradient in off.gradients.items():
+        assert torch.equal(on.gradients[name], gradient), name

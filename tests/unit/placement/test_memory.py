@@ -13,7 +13,14 @@ from dsmixer.experts.bank import padded_rank
 from dsmixer.model.count import count_weights
 from dsmixer.model.inject import attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
-from dsmixer.placement.memory import Layout, base_bytes, expert_weights, rank_bytes, router_weights
+from dsmixer.placement.memory import (
+    Layout,
+    base_bytes,
+    expert_weights,
+    load_bytes,
+    rank_bytes,
+    router_weights,
+)
 from dsmixer.placement.owners import Owners, owners_of, pack_slots
 from dsmixer.placement.request import FLOAT32, Pool
 
@@ -95,12 +102,25 @@ def test_an_expert_with_several_owners_needs_memory_to_add_up_its_gradient() -> 
     assert rank_bytes(plan, spread, frozen).update < 4 * expert_weights(plan, 1)
 
 
-def test_a_four_bit_base_is_whole_on_every_rank_and_keeps_embeddings_and_head() -> None:
+def test_a_four_bit_base_keeps_embeddings_and_head_and_zero3_cuts_all_but_the_scales() -> None:
+    """LLaMA3-8B in NF4: 5.70 GB with 8-bit scales, 6.03 without; the norms stay whole on every rank."""
     packed = replace(request(6, 8), four_bit=True)
-    outside = 2 * 128256 * 4096 + 65 * 4096  # embeddings, head, norms
-    held = int((BASE - outside) * 0.5625)
-    assert base_bytes(packed, layout("replicate", 2, 1, 6)) == held + 2 * outside
-    assert base_bytes(packed, layout("weights", 3, 1, 6)) == held + 2 * outside // 8
+    norms = 65 * 4096
+    outside = 2 * 128256 * 4096 + norms  # embeddings, head, norms
+    inside = BASE - outside
+    scales = {True: inside // 64 + 4 * inside // (64 * 256), False: 4 * inside // 64}
+    replicated, cut = layout("replicate", 2, 1, 6), layout("weights", 3, 1, 6)
+    for double in (True, False):
+        plan = replace(packed, double_quantization=double)
+        assert base_bytes(plan, replicated) == pytest.approx(
+            inside // 2 + scales[double] + 2 * outside, abs=1
+        )
+        parts = (inside // 2 + 2 * outside) // 8 + 2 * norms
+        assert base_bytes(plan, cut) == pytest.approx(parts + scales[double], abs=1)
+        in_flight = 2 * 4096 * 14336
+        for where in (replicated, cut):
+            assert load_bytes(plan, where) == base_bytes(plan, replicated) + in_flight
+    assert base_bytes(packed, replicated) == pytest.approx(5.70e9, rel=2e-3)
 
 
 def test_zero3_starts_with_the_parts_of_a_rank_and_one_whole_bank() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from unit.placement.llama3 import STAGE1, STAGE2, request
 
 from dsmixer.config.errors import UserError
-from dsmixer.experts.forms import DENSE_LIMIT
+from dsmixer.experts.dense import DENSE_LIMIT
 from dsmixer.placement import activations
 from dsmixer.placement.owners import owners_of, pack_slots
 from dsmixer.placement.plan import make_plan

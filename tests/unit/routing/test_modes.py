@@ -117,3 +117,16 @@ def test_weights_of_every_mode_sum_to_one_and_move_the_router(mode: str) -> None
     torch.testing.assert_close(weights.sum(1), torch.ones(6, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(weights.square().sum(), logits)
     assert gradient.any()
+
+
+@pytest.mark.parametrize("mode", [mode for mode in modes if mode != "hard_soft"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_weights_have_the_gradient_of_finite_differences(mode: str, renormalize: bool) -> None:
+    """``hard_soft``'s gradient is another by definition, and is held to soft's above."""
+    routing = Routing(mode=mode, top_k=2, renormalize=renormalize, top_p=0.6)
+
+    def weights(p_TE: torch.Tensor) -> torch.Tensor:
+        choice = modes[mode](p_TE, routing)
+        return choice.weights_TK if choice.gate_TE is None else choice.gate_TE
+
+    assert torch.autograd.gradcheck(weights, P_TE.clone().requires_grad_())

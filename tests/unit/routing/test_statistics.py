@@ -121,3 +121,17 @@ def test_router_answers_in_float32_whatever_it_reads() -> None:
     assert router(x.bfloat16()).dtype == torch.float32
     assert router(x.double()).dtype == torch.float64
     torch.testing.assert_close(router(x.double()), x.double() @ router.weight.double().T)
+
+
+@pytest.mark.parametrize("wide", [1.0, 30.0, 400.0])
+def test_entropy_and_its_gradient_stay_exact_where_probabilities_vanish(wide: float) -> None:
+    """Against log-softmax in float64; at 400 most probabilities are zero in float32."""
+    logits_TE = wide * torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    found, exact = logits_TE.clone().requires_grad_(), logits_TE.double().requires_grad_()
+    entropy_T = output_of(found, Routing(top_k=2)).entropy_T()
+    expected_T = -(exact.softmax(1) * exact.log_softmax(1)).sum(1)
+    torch.testing.assert_close(entropy_T.double(), expected_T, rtol=1e-5, atol=1e-6)
+    entropy_T.sum().backward()
+    expected_T.sum().backward()
+    assert found.grad is not None and exact.grad is not None
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)

@@ -7,14 +7,19 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsmixer.config.errors import UserError
 from dsmixer.training import lock as lock_module
-from dsmixer.training.lock import RunLock, _this_process
+from dsmixer.training.lock import LockLostError, RunLock, _remove, _this_process
+from dsmixer.training.together import keep_lock
+from dsmixer.training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 HOLD = """
 import sys
@@ -81,11 +86,13 @@ def test_a_pid_that_has_come_again_holds_nothing(tmp_path: Path) -> None:
         lock.take()
 
 
-@pytest.mark.parametrize("text", [None, ""])
+@pytest.mark.parametrize(
+    "text", [None, "", "\0" * 200, '{"host": "node-x", "pi', '{"host": "node' + "\0" * 9]
+)
 def test_what_nobody_touches_on_another_machine_is_taken(
     tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also a lock whose holder was killed before it wrote its name."""
+    """Also a lock whose holder was killed before it wrote its name, or that a power cut has left half."""
     path = tmp_path / ".lock"
     from_elsewhere(path)
     if text is not None:
@@ -145,3 +152,69 @@ def test_a_file_of_another_kind_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a lock that this version wrote"):
         RunLock(path).take()
     assert path.read_text() == "mine"
+
+
+def test_a_holder_that_can_not_be_seen_is_not_called_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel shows no processes, or did not show the holder its own beginning."""
+    there = replace(_this_process(), pid=1, born="then")
+    assert there.lives() is False
+    assert replace(there, born="").lives() is None
+    monkeypatch.setattr(lock_module, "_born", lambda pid: None)
+    assert there.lives() is None
+
+
+def test_a_lock_that_came_in_the_place_of_a_dead_one_is_not_moved_for_a_moment(tmp_path: Path) -> None:
+    """Its holder, or a third job, would look just then."""
+    path = tmp_path / ".lock"
+    holder = holding(path)
+    before = path.stat()
+    _remove(path, replace(_this_process(), pid=1, born="then"))
+    after = path.stat()
+    assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
+    holder.communicate("\n")
+    assert not path.exists()
+
+
+def taken_away(path: Path, how: str) -> str:
+    """The lock removed, or taken by a job elsewhere; its text afterwards."""
+    path.unlink()
+    if how == "taken":
+        from_elsewhere(path)
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(("how", "told"), [("removed", "was removed"), ("taken", "pid .* on node-x, since")])
+def test_a_lost_lock_stops_the_job_before_it_writes_and_is_not_given_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, told: str
+) -> None:
+    path = tmp_path / ".lock"
+    with RunLock(path) as lock:
+        keep_lock(ALONE, lock)  # a new run has not taken it yet
+        lock.take()
+        keep_lock(ALONE, lock)
+        assert not lock.lost and capsys.readouterr().err == ""
+        text = taken_away(path, how)
+        with pytest.raises(LockLostError, match=told):
+            keep_lock(ALONE, lock)
+        assert lock.lost and capsys.readouterr().err.startswith(f"dsmixer: error: {path}: ")
+        if how == "removed":
+            from_elsewhere(path)
+            text = path.read_text()
+    assert path.read_text() == text, "the other one's stays"
+
+
+def test_a_job_between_two_saves_is_told_that_its_lock_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "TOUCH_SECONDS", 0.01)
+    told = threading.Event()
+    with RunLock(tmp_path / ".lock") as lock:
+        lock.when_lost = told.set
+        lock.take()
+        before = lock.path.stat().st_mtime_ns
+        while lock.path.stat().st_mtime_ns == before:
+            pass  # it is still touched
+        assert not told.is_set()
+        taken_away(lock.path, "taken")
+        assert told.wait(60)
+        assert lock.lost

@@ -273,6 +273,18 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
+def test_rows_that_wait_at_the_end_are_told_and_end_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        with MetricsLog(tmp_path, restored=None) as log:
+            limit_files(0)
+            log.write(1, 1, {"loss": 1.0})
+    finally:
+        limit_files(None)
+    assert "its last rows are lost" in capsys.readouterr().err
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -293,4 +305,4 @@ def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:
     """Files that cannot grow stand for it; the writer's thread meets the error."""
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("went on\n"), done.stderr[-2000:]
-    assert done.stdout.count("nothing more is written to") == 1
+    assert done.stderr.count("nothing more is written to") == 1

@@ -13,7 +13,8 @@ from torch import nn
 
 from dsmixer.placement.layout import everything_here
 from dsmixer.placement.pieces import Piece, Shard
-from dsmixer.training.optimizer import AdamSettings, ExpertAdamW, StepPlan, spans_of
+from dsmixer.training.optimizer import AdamSettings, ExpertAdamW, StepPlan
+from dsmixer.training.rows import spans_of
 
 NUM_STEPS = 4
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support.partitions import FakePool, FakeRanks, save_fake
+from support.tiny import write_base
 
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe, dump_recipe, load_recipe
 from dsmixer.training.checkpoints import Checkpoints
-from dsmixer.training.resume import TakeUp, carry_out, take_up, told
+from dsmixer.training.lock import RunLock
+from dsmixer.training.preflight import check_stage_order
+from dsmixer.training.resume import TakeUp, carry_out, hold_base, take_up, told
 from dsmixer.training.run_folder import RunFolder, claim_run_folder
 from dsmixer.training.world import World
 
+ALONE = World(0, 1, torch.device("cpu"))
 POOL, RANKS = FakePool(2, ((1, 3),)), FakeRanks(((0, 1),), 1)
 
 
@@ -37,16 +42,17 @@ class Run:
         for step in (3, 6, 9):
             self.save(1, step)
 
-    def save(self, stage: int, step: int, *overrides: str) -> Path:
+    def save(self, stage: int, step: int, *overrides: str, **state: object) -> Path:
         config = dump_recipe(self.recipe(*overrides).recipe)
-        return save_fake(self.folder.checkpoints(stage), POOL, RANKS, step, config=config)
+        folder = self.folder.checkpoints(stage)
+        return save_fake(folder, POOL, RANKS, step, config=config, state={"stage": stage, **state})
 
     def recipe(self, *overrides: str) -> LoadedRecipe:
         return load_recipe(self.path, overrides)
 
     def checkpoints(self, size: int = 2) -> Checkpoints:
         # a rank that is alone with its collectives, and takes the run for one of so many ranks
-        return Checkpoints(World(0, 1, torch.device("cpu")), self.folder, self.lines.append)
+        return Checkpoints(ALONE, self.folder, self.lines.append)
 
     def take_up(self, *overrides: str, size: int = 1, **asked: object) -> TakeUp:
         world = World(0, size, torch.device("cpu"))
@@ -85,6 +91,7 @@ SAME_ROWS = "stage1.gradient_accumulation_steps=8"
         "health.hang_timeout=100",
         "data.cache_dir=cache",
         "stage1.micro_batch_size=2",
+        "stage2.preserve.origin=host",
         SAME_ROWS,
     ],
 )
@@ -191,7 +198,7 @@ def test_from_goes_back_and_sets_later_checkpoints_aside(run: Run, asked: str) -
     if asked == "6":
         (run.folder.checkpoints(2) / "step-00000004").rename(run.folder.path / "elsewhere")
     taken = run.start(start_from=asked)
-    assert taken.back_to == path
+    assert taken.back_to == (1, 6)
     assert run.checkpoints().newest(1) == path and run.checkpoints().newest(2) is None
     assert run.steps() == ["step-00000003", "step-00000006"]
     aside = run.folder.path / "checkpoints" / "set-aside" / "001"
@@ -248,3 +255,161 @@ def test_a_run_that_has_saved_nothing_is_held_against_its_config(tmp_path: Path)
     with pytest.raises(UserError, match=r"run/config.yaml: .*run.seed"):
         run.take_up("run.seed=1")
     assert run.take_up(size=1).changes.rows == {}
+
+
+def spoil(path: Path) -> Path:
+    """Damage a checkpoint."""
+    (path / "config.yaml").write_text("run: {}\n")
+    return path
+
+
+FROZEN = "stage2.experts=frozen"
+
+
+@pytest.mark.parametrize("lost", ["damaged", "removed", "not finished"])
+def test_routers_are_not_trained_on_over_other_frozen_experts_than_theirs(run: Run, lost: str) -> None:
+    """Where the end of stage one is lost, stage one goes on from what is whole; stage two is set aside."""
+    end = run.save(1, 100, FROZEN)
+    for step in (4, 8):
+        run.save(2, step, FROZEN)
+    assert run.take_up(FROZEN).back_to is None, "all is there"
+    spoil(end) if lost == "damaged" else end.rename(run.path.with_name("elsewhere"))
+    if lost == "removed":
+        run.folder.checkpoints(1).rename(run.path.with_name("stage one"))
+    taken = run.start(FROZEN, allow_changes=True)
+    assert taken.orphaned and taken.back_to == ((1, 0) if lost == "removed" else (1, 9))
+    assert run.checkpoints().newest(2) is None
+    assert run.steps()[-1:] == ([] if lost == "removed" else ["step-00000009"])
+    goes_on = "stage one begins anew" if lost == "removed" else "stage one goes on after step 9"
+    assert any("warning" in line and goes_on in line for line in told(taken, 1))
+    aside = run.folder.path / "checkpoints" / "set-aside" / "001"
+    assert len(list(aside.glob("stage2/step-*/manifest.json"))) == 2
+    assert (aside / "metrics.jsonl").is_file()
+    assert (aside / "stage1" / "step-00000100").is_dir() == (lost == "damaged")
+    assert any("none was removed" in line and "stage2/step-00000008" in line for line in run.lines)
+    again = run.take_up(FROZEN, allow_changes=True)
+    assert again.back_to is None and not again.orphaned
+
+
+def test_an_older_end_of_stage_one_is_not_taken_for_the_one_of_frozen_experts(run: Run) -> None:
+    """Stage one was made longer after its first end."""
+    run.save(1, 100, FROZEN)
+    spoil(run.save(1, 200, FROZEN, num_steps=200))
+    run.save(2, 4, FROZEN)
+    assert run.take_up(FROZEN).back_to == (1, 100)
+
+
+def test_from_takes_no_routers_whose_frozen_experts_are_lost(run: Run) -> None:
+    end = run.save(1, 100, FROZEN)
+    run.save(2, 4, FROZEN)
+    assert run.take_up(FROZEN, start_from="stage2/step-00000004").back_to == (2, 4)
+    spoil(end)
+    with pytest.raises(UserError, match="no whole checkpoint has them"):
+        run.take_up(FROZEN, start_from="stage2/step-00000004")
+    assert run.take_up(FROZEN, start_from="stage1/step-00000009", allow_changes=True).back_to == (1, 9)
+
+
+@pytest.mark.parametrize("stages", [(1, 2), (2,)])
+def test_stage_two_that_holds_its_experts_needs_nothing_of_stage_one(run: Run, stages: tuple[int]) -> None:
+    """Not even one whole checkpoint, nor that it is read."""
+    newest = run.save(2, 4)
+    for path in run.folder.checkpoints(1).iterdir():
+        spoil(path)
+    taken = take_up(ALONE, run.checkpoints(), run.recipe(), stages)
+    check_stage_order(run.recipe().recipe, stages, run.checkpoints())
+    assert taken.back_to is None and taken.saved is not None
+    assert (taken.saved.stage, taken.saved.step) == (2, 4)
+    assert run.lines == []
+    spoil(newest)
+    with pytest.raises(UserError, match="the only checkpoint is not whole") as caught:
+        take_up(ALONE, run.checkpoints(), run.recipe(), stages)
+    assert f"move {run.folder.checkpoints(2)} away" in str(caught.value)
+
+
+def test_other_files_of_the_base_are_other_mathematics(run: Run, tmp_path: Path) -> None:
+    """Under the same name; where the checkpoint does not say what it was trained on, all are taken."""
+    base = f"base.model={write_base(tmp_path / 'base')}"
+    run.save(1, 12, base)
+    kept = hold_base(run.checkpoints(), run.take_up(base))
+    assert kept.base is not None and kept.changes.mathematics == ()
+    run.save(1, 15, base, base=kept.base)
+    assert hold_base(run.checkpoints(), run.take_up(base)).base == kept.base
+    (tmp_path / "base" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step-00000015: .* base\.model: another config\.json") as caught:
+        hold_base(run.checkpoints(), run.take_up(base))
+    assert "--allow-changes" in str(caught.value)
+    taken = hold_base(run.checkpoints(), run.take_up(base, allow_changes=True))
+    carry_out(taken, run.checkpoints())
+    assert "base.model: another config.json" in (run.folder.path / "changes.jsonl").read_text()
+    assert any("as --allow-changes says: base.model" in line for line in told(taken, 1))
+
+
+def test_the_same_base_in_another_folder_is_layout_and_another_one_there_mathematics(
+    run: Run, tmp_path: Path
+) -> None:
+    base, copy = write_base(tmp_path / "base"), tmp_path / "copy"
+    shutil.copytree(base, copy)
+    here, there = f"base.model={base}", f"base.model={copy}"
+    run.save(1, 12, here)
+    with pytest.raises(UserError, match=r"base\.model: "):
+        run.take_up(there)  # of a checkpoint that does not say what it was trained on
+    run.save(1, 15, here, base=hold_base(run.checkpoints(), run.take_up(here)).base)
+    taken = hold_base(run.checkpoints(), run.take_up(there, "base.revision=v2"))
+    assert taken.changes.mathematics == ()
+    assert sorted(line.split(": ")[0] for line in taken.changes.layout) == ["base.model", "base.revision"]
+    assert any("the mathematics stays" in line and str(copy) in line for line in told(taken, 1))
+    with pytest.raises(UserError, match=r"run\.seed: 0 there, 1 here") as caught:
+        run.take_up(there, "run.seed=1")
+    assert "base.model" not in str(caught.value)
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"base\.model: .*base' there, .*copy' here"):
+        run.take_up(there)
+
+
+def test_other_libraries_are_told_and_not_refused(run: Run) -> None:
+    from dsmixer.training.origins import installed_versions
+
+    run.save(1, 12, versions=installed_versions())
+    assert told(run.take_up(SAME_ROWS), 1)[1:] == []
+    run.save(1, 15, versions={**installed_versions(), "torch": "1.0", "gone": "2"})
+    (line,) = told(run.take_up(SAME_ROWS), 1)[1:]
+    assert "other versions" in line and "torch: 1.0 there, " in line and "gone" not in line
+
+
+def test_masks_of_dropout_that_another_layout_changes_are_told(run: Run) -> None:
+    layout = {"ranks": 2, "zero_stage": 1, "expert_parallel_size": 1}
+    run.save(1, 12, layout=layout)
+    (line,) = [line for line in told(run.take_up(SAME_ROWS), 1) if "dropout" in line]
+    assert "mixer.dropout is 0.1" in line and "ranks: 2 there, 1 here" in line
+    assert not any("dropout" in line for line in told(run.take_up(SAME_ROWS), 2)), "the same ranks"
+    (line,) = [line for line in told(run.take_up("stage1.micro_batch_size=2"), 2) if "dropout" in line]
+    assert "stage1.micro_batch_size: 1 there, 2 here" in line
+    run.save(1, 15, "mixer.dropout=0.0", layout=layout)
+    assert not any("dropout" in line for line in told(run.take_up("mixer.dropout=0.0"), 1))
+
+
+def test_a_new_run_that_another_job_began_meanwhile_is_not_written_into(tmp_path: Path) -> None:
+    """It was read before its folder and lock could be made."""
+    from dsmixer.training.run import _claim
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run: {{dir: {tmp_path / 'runs'}}}\nbase: {{model: tiny}}\n"
+        "data: {domains: [{name: law, train: law.jsonl}, {name: chess, train: chess.jsonl}]}\n"
+    )
+    loaded = load_recipe(recipe)
+    folder = RunFolder(tmp_path / "runs" / "run")
+    checkpoints = Checkpoints(ALONE, folder, print)
+    ours, others = (take_up(ALONE, checkpoints, loaded, (1, 2)) for _ in range(2))
+    with RunLock(folder.lock) as lock:
+        _claim(others, checkpoints, lock)  # and has ended since
+    there = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    assert list(there) == [folder.config]
+    with RunLock(folder.lock) as lock, pytest.raises(UserError, match="another job has begun") as caught:
+        _claim(ours, checkpoints, lock)
+    assert "run the same command again" in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == there
+    again = take_up(ALONE, checkpoints, loaded, (1, 2))
+    (folder.checkpoints(1) / "step-00000003").mkdir(parents=True)
+    with RunLock(folder.lock) as lock, pytest.raises(UserError, match="or gone on with it"):
+        _claim(again, checkpoints, lock)

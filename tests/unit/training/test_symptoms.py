@@ -117,7 +117,7 @@ def test_steps_are_skipped_as_often_as_allowed_and_then_stop_the_run(
     assert not vote(world, [], seen, policy, "step 1 of stage 1")
     for step in (2, 3):
         assert vote(world, ["the loss of this step is nan"], seen, policy, f"step {step} of stage 1")
-    with pytest.raises(NonFiniteError, match="2 such steps were skipped before"):
+    with pytest.raises(NonFiniteError, match="2 such steps of the run were skipped before"):
         vote(world, ["the loss of this step is nan"], seen, policy, "step 4 of stage 1")
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in said] == [" warning", " warning", " error"]
@@ -131,5 +131,8 @@ def test_steps_are_skipped_as_often_as_allowed_and_then_stop_the_run(
 def test_a_router_whose_logits_are_not_finite_is_named() -> None:
     statistics = RoutingStatistics(num_routers=2, num_experts=3)
     statistics.p_ME[1, 2] = math.nan
+    told = "logits are not finite in the routers layer 1"
     numbers = StepNumbers(1.0, math.nan, 0.0, torch.ones(4), statistics)
-    assert numbers.problems(EXPERTS, ROUTERS)[-1] == "logits are not finite in the routers layer 1"
+    assert numbers.problems(EXPERTS, ROUTERS)[-1] == told
+    alone = StepNumbers(1.0, 0.0, 0.0, torch.ones(4), statistics)
+    assert alone.problems(EXPERTS, ROUTERS) == [told], "a reason by itself"

@@ -1,0 +1,163 @@
+"""The rows of experts in DeepSpeed's flat partitions, and those of them that a step reached.
+
+A unit is what is clipped and counted together: each expert, over all its projections, and all routers as
+one. U units: E experts, then the routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from dsmixer.placement.layout import ExpertLayout
+from dsmixer.placement.pieces import Piece, is_bank
+
+FEW_RUNS = 5  # fewer runs of rows than this are updated in place, one after the other
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of one parameter in a shard: ``count`` rows of ``width`` elements, one unit each.
+
+    The routers' span has one row. A partition may start or end inside an expert: that part is a row of
+    its own, and ``inside`` says where in the expert it starts; other rows are whole.
+    """
+
+    start: int
+    count: int
+    width: int
+    units: tuple[int, ...]
+    inside: int = 0
+
+    def of(self, flat: torch.Tensor, begins: int = 0) -> torch.Tensor:
+        """The rows ``[count, width]`` in a tensor that begins at that element of the shard."""
+        start = self.start - begins
+        return flat[start : start + self.count * self.width].view(self.count, self.width)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The N rows of a span that a step reached, and their units.
+
+    Rows that follow each other are taken as a view; others are copied out, and back in.
+    """
+
+    places: slice | torch.Tensor
+    units: slice | torch.Tensor
+    count: int
+
+    def of(self, span: torch.Tensor) -> torch.Tensor:
+        """``[..., count, width]`` to ``[..., N, width]``."""
+        if isinstance(self.places, torch.Tensor):
+            return span.index_select(-2, self.places.to(span.device))  # theta(0) may be on the host
+        return span[..., self.places, :]
+
+    def put(self, span: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write back what ``of`` copied out."""
+        if isinstance(self.places, torch.Tensor):
+            span.index_copy_(-2, self.places, rows)
+
+    def set(self, span: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows, whether they were copied out or not."""
+        if isinstance(self.places, torch.Tensor):
+            span.index_copy_(-2, self.places, rows)
+        else:
+            span[..., self.places, :] = rows
+
+    def add(self, span: torch.Tensor, rows: torch.Tensor) -> None:
+        if isinstance(self.places, torch.Tensor):
+            span.index_add_(-2, self.places, rows)
+        else:
+            span[..., self.places, :].add_(rows)
+
+    def add_units(self, values_U: torch.Tensor, values_N: torch.Tensor) -> None:
+        """Add a value of each row to that of its unit."""
+        if isinstance(self.units, torch.Tensor):
+            values_U.index_add_(0, self.units, values_N)
+        else:
+            values_U[self.units].add_(values_N)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The rows that a step reached, together, and as the parts in which they are updated: their runs where
+    those are few, which needs no copy."""
+
+    rows: Rows
+    parts: tuple[Rows, ...]
+
+
+def reached_rows(units_X: torch.Tensor, reached_U: torch.Tensor, device: torch.device) -> Reached | None:
+    """Which rows of a span of these units a step reached; None where it reached none."""
+    places_N = reached_U[units_X].nonzero().flatten()
+    if not len(places_N):
+        return None
+
+    def rows(places: torch.Tensor) -> Rows:
+        return Rows(_run_or_index(places, device), _run_or_index(units_X[places], device), len(places))
+
+    together = rows(places_N)
+    cuts = (places_N.diff() != 1).nonzero().flatten() + 1
+    few = 0 < len(cuts) < FEW_RUNS
+    return Reached(together, tuple(map(rows, places_N.tensor_split(cuts))) if few else (together,))
+
+
+def _run_or_index(indices: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    """A slice where the indices follow each other, else the indices on the device."""
+    first = int(indices[0])
+    if torch.equal(indices, torch.arange(first, first + len(indices))):
+        return slice(first, first + len(indices))
+    return indices.to(device)
+
+
+def spans_of(piece: Piece, layout: ExpertLayout) -> list[Span]:
+    """Cut a piece of a bank ``[e, ...]`` at its experts; a router ``[E, D]`` is one row of the last unit."""
+    if not is_bank(piece.name):
+        return [Span(piece.flat_start, 1, piece.numel, (layout.num_experts,))]
+    width = math.prod(piece.shape[1:])
+    spans, position, left = [], piece.param_start, piece.numel
+    start = piece.flat_start
+    while left:
+        place, inside = divmod(position, width)
+        count, length = (1, min(width - inside, left)) if inside or left < width else (left // width, width)
+        spans.append(Span(start, count, length, layout.local[place : place + count], inside))
+        start, position, left = start + count * length, position + count * length, left - count * length
+    return spans
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Spans of the same units and width that follow each other in a shard: they are updated together."""
+
+    span: Span
+    repeats: int
+
+    @property
+    def end(self) -> int:
+        return self.span.start + self.repeats * self.span.count * self.span.width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.repeats, self.span.count, self.span.width
+
+    def goes_on(self, span: Span) -> bool:
+        """Whether a span is one more of the same kind, right behind."""
+        return span == replace(self.span, start=self.end)
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """``[repeats, count, width]``."""
+        return flat[self.span.start : self.end].view(self.repeats, self.span.count, self.span.width)
+
+
+def stacked(spans: Iterable[Span]) -> list[Stack]:
+    stacks: list[Stack] = []
+    for span in spans:
+        last = stacks[-1] if stacks else None
+        if last is not None and last.goes_on(span):
+            stacks[-1] = Stack(last.span, last.repeats + 1)
+        else:
+            stacks.append(Stack(span, 1))
+    return stacks
