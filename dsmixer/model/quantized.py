@@ -61,12 +61,12 @@ def check_packing_works(kind: str, device: torch.device) -> None:
         return
     where = f"base.quantization: {kind}"
     try:
+        import bitsandbytes.functional as packing
         from bitsandbytes import matmul_4bit
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         weights_OD = torch.linspace(-1, 1, 128 * 64, device=device).view(128, 64)
-        packed, state = quantize_4bit(weights_OD, quant_type=kind)
-        back_OD = dequantize_4bit(packed, state)
+        packed, state = packing.quantize_4bit(weights_OD, quant_type=kind)
+        back_OD = packing.dequantize_4bit(packed, state)
         x_TD = torch.linspace(-1, 1, 2 * 64, device=device).view(2, 64)
         apart = (matmul_4bit(x_TD, packed, state) - x_TD @ back_OD.T).abs().max()
     except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
