@@ -88,7 +88,7 @@ def test_packings_differ_from_each_other_and_from_the_base_in_its_own_type(runs:
 
 def test_imported_experts_keep_their_weights_on_a_base_in_4_bits(runs: Any) -> None:
     """Frozen ones: only the routers move."""
-    run, source = runs[SPECIAL["imported"]], runs[four_bit(ONE).name]
+    run, source = runs[SPECIAL["imported"]], runs[four_bit(CUT).name]
     live, trained = run.live(), source.tensors(2)
     banks = [key for key in live if ".bank." in key]
     assert len(banks) == 16

@@ -151,6 +151,7 @@ def measure(
         if i == 0:
             started.engine.step()
             found["accumulated"] = live_bytes(mixture.model) - before
+    dist.barrier()  # until then gloo may hold on to what it has reduced last
     found["backward"] = live_bytes(mixture.model) - before
     started.release()
     return found
