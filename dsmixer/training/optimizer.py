@@ -21,7 +21,7 @@ import torch
 from dsmixer.losses.preserve import preserve_term
 from dsmixer.placement.layout import ExpertLayout
 from dsmixer.placement.pieces import Shard
-from dsmixer.training.moments import Keep, Moments, StackMoments
+from dsmixer.training.moments import KINDS, Keep, Moments, StackMoments
 from dsmixer.training.rows import Reached, Rows, Span, Stack, reached_rows, spans_of, stacked
 
 AT_ONCE = 2**20  # elements that one update makes temporary tensors of, unless a single span has more
@@ -104,6 +104,10 @@ class ExpertAdamW(torch.optim.Optimizer):
         self._plan = None
         self.counted_U = self.counted_U.to(self._device())
         self._moments = Moments(self._shards, self._stacks, self.settings.keep, self.layout.num_experts)
+        if self.settings.keep.precision == "float32":  # where DeepSpeed looks for an optimizer's state
+            for index, shard in enumerate(self._shards):
+                for kind in KINDS:
+                    self.state[shard.weights][kind] = self._moments.flat(kind, index)
 
     @property
     def moments(self) -> Moments:
