@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dsmixer.config.errors import RunError, UserError, from_os_error
+from dsmixer.training.machine.open_files import is_open
 
 Result = TypeVar("Result")
 
@@ -153,22 +154,12 @@ def _prepare_shared_memory_op(local_rank: int) -> None:
     """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(folder).glob("**/deepspeed_shm_comm/lock"):
-        if local_rank == 0 and not _is_open(lock):
+        if local_rank == 0 and not is_open(lock):
             lock.unlink(missing_ok=True)
     if local_rank == 0:
         _remove_forgotten_buffers()
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     atexit.register(_remove_buffers, f"{BUFFER}*_{address}_{port}_{local_rank}")
-
-
-def _is_open(path: Path) -> bool:
-    """Whether a process of this user has the file open, as the one that builds does with its lock."""
-    wanted = os.path.realpath(path)
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(link) == wanted:
-                return True
-    return False
 
 
 def _remove_buffers(pattern: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 from support.fault_runs import Runs, seconds_after
 from support.forked import POLL_SECONDS, Job
 from support.launching import REPOSITORY, TIMEOUT_SECONDS, free_port, launch_environment
+from support.small_disk import small_disk
 from support.tiny import write_recipe
 
 pytestmark = pytest.mark.timeout(6 * TIMEOUT_SECONDS)
@@ -160,16 +161,8 @@ def test_a_rank_killed_while_checkpoints_are_verified_is_named_and_the_next_star
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"a small disk can't be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("rank", [0, 1])

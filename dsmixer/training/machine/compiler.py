@@ -9,11 +9,11 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from dsmixer.training.machine.child import run_child
 from dsmixer.training.machine.finding import Finding, ok, problem, warning
+from dsmixer.training.machine.open_files import is_open
 from dsmixer.training.machine.probing import Answers
 
 SOURCE = """\
@@ -129,16 +129,6 @@ def _locks(folder: Path) -> Iterator[Finding]:
         yield ok("op builds", f"{folder}: {', '.join(built) or 'nothing built yet'}")
     else:
         yield ok("op builds", f"{folder}: nothing built yet")
-
-
-def is_open(path: Path) -> bool:
-    """Whether a process of this user has the file open, as the one that builds does with its lock."""
-    wanted = os.path.realpath(path)
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if os.readlink(link) == wanted:
-                return True
-    return False
 
 
 def _ops(answers: Answers) -> Finding:

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from support import bad_folders, bad_recipes, bad_sources
 from support.bad_input import CASES, Site, fill
 from support.launching import REPOSITORY, launch
 from support.outcomes import PREFIX, WRONG_INPUT, Outcome, outcomes_of, run, table
+from support.small_disk import small_disk as mounted_disk
 from support.tiny import write_base
 
 assert bad_recipes and bad_sources and bad_folders  # importing them fills CASES
@@ -57,23 +57,8 @@ def test_nothing_but_the_message_is_on_standard_error(name: str, outcomes: dict[
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts a disk of a given size; it is gone after the test."""
-    mounted: list[Path] = []
-
-    def mount(size: str) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if os.geteuid() != 0:
-            pytest.skip("only root can mount a small disk")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"a small disk can't be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with ExitStack() as mounted:
+        yield lambda size: mounted.enter_context(mounted_disk(tmp_path / "disk", size))
 
 
 def launch_train(site: Site, *more: str) -> tuple[int, str]:

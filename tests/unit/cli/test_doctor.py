@@ -18,6 +18,7 @@ import pytest
 import yaml
 from support.hub import serve_model
 from support.launching import REPOSITORY
+from support.small_disk import small_disk
 from support.tiny import write_base, write_recipe
 
 from dsmixer.cli.main import main
@@ -183,18 +184,10 @@ def test_a_recipe_with_a_mistake_is_a_problem_with_its_place(recipe: Path) -> No
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real disk without a free byte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"a small disk can't be mounted here: {done.stderr.strip()}")
-    with pytest.raises(OSError, match="space"):
-        (folder / "filler").write_bytes(b"\0" * 2**20)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        with pytest.raises(OSError, match="space"):
+            (folder / "filler").write_bytes(b"\0" * 2**20)
+        yield folder
 
 
 def test_a_full_disk_is_a_problem_for_runs_and_for_builds(

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from support.launching import free_port, launch_environment
 
-from dsmixer.training.world import _is_open, _prepare_shared_memory_op, limit_collectives
+from dsmixer.training.machine.open_files import is_open
+from dsmixer.training.world import _prepare_shared_memory_op, limit_collectives
 
 JOIN = """
 import sys
@@ -66,7 +67,7 @@ def test_a_build_lock_that_nobody_holds_is_removed_and_a_held_one_stays(
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     with lock.open("w"):
-        assert _is_open(lock)
+        assert is_open(lock)
         _prepare_shared_memory_op(local_rank=0)
         assert lock.exists(), "a build is under way"
     _prepare_shared_memory_op(local_rank=1)
