@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsmixer.adapters.importing import import_adapters
-    from dsmixer.adapters.mixture_folder import load_mixture, save_mixture
+    from dsmixer.adapters.loading import load_mixture
+    from dsmixer.adapters.mixture_folder import save_mixture
     from dsmixer.config.errors import UserError
     from dsmixer.model.inject import Mixture, attach_mixers, route_to
     from dsmixer.model.mixer_config import MixerConfig
@@ -34,7 +35,7 @@ _HOMES = {
     "UserError": "dsmixer.config.errors",
     "attach_mixers": "dsmixer.model.inject",
     "import_adapters": "dsmixer.adapters.importing",
-    "load_mixture": "dsmixer.adapters.mixture_folder",
+    "load_mixture": "dsmixer.adapters.loading",
     "route_to": "dsmixer.model.inject",
     "save_mixture": "dsmixer.adapters.mixture_folder",
 }

@@ -61,7 +61,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     quiet_libraries()
     import torch
 
-    from dsmixer.adapters.mixture_folder import load_mixture
+    from dsmixer.adapters.loading import load_mixture
 
     folder = find_mixture(args.folder)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsmixer
-from dsmixer.adapters.mixture_folder import load_mixture, save_mixture
+from dsmixer.adapters.loading import load_mixture
+from dsmixer.adapters.mixture_folder import save_mixture
 from dsmixer.config.errors import UserError
 from dsmixer.model.inject import attach_mixers, mixture_of, route_to
 
