@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, field_validator, model_validator
 
+from dsmixer.config.benchmarks import benchmarks, filled
 from dsmixer.config.stages import (
     NAME_PATTERN,
     Count,
@@ -34,6 +35,7 @@ __all__ = [
     "PlacementConfig",
     "PreserveConfig",
     "Recipe",
+    "RecordTemplate",
     "RouterDataConfig",
     "RslConfig",
     "RunConfig",
@@ -86,6 +88,27 @@ class BaseConfig(Section):
     )
 
 
+class RecordTemplate(Section):
+    """How the columns of a data set become texts, in Jinja: ``Question: {{ question }}``."""
+
+    prompt: Text = Field(description="text that the model is given, over a record's columns")
+    completion: Text | None = Field(
+        default=None, description="text that it shall write; null: the right one of choices"
+    )
+    choices: Text | Annotated[tuple[Text, ...], Strict(False)] | None = Field(
+        default=None,
+        description="candidate completions: a list of texts, or an expression that gives one, such as "
+        "choices.text; null: none",
+    )
+    answer: Text | None = Field(
+        default=None,
+        description="which choice is right: its position from 0, letter or text; null: no choices",
+    )
+    separator: str = Field(
+        default=" ", description="what stands before the completion and before each choice"
+    )
+
+
 class DomainConfig(Section):
     """One domain: its data, and the expert that serves it."""
 
@@ -106,10 +129,36 @@ class DomainConfig(Section):
     subset: Text | None = Field(
         default=None, description="configuration of a hub data set; null: its default"
     )
+    subset_test: Text | None = Field(
+        default=None, description="the same for test, where that is another data set; null: as subset"
+    )
     form: RecordForm = Field(default="auto", description=FORM_HELP)
+    template: RecordTemplate | None = Field(
+        default=None, description="texts made of the records' columns; null: the records have a known form"
+    )
+    template_test: RecordTemplate | None = Field(
+        default=None, description="the same for test, where its columns are others; null: as template"
+    )
+    benchmark: str | None = Field(
+        default=None,
+        description="a public benchmark, such as gsm8k, that gives the keys of the entry that are not "
+        "written; null: none",
+    )
     expert: Name | None = Field(
         default=None, description="expert that serves the domain; null: the one of its name"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_benchmark(cls, values: Any) -> Any:
+        return filled(values) if isinstance(values, dict) else values
+
+    @field_validator("benchmark")
+    @classmethod
+    def _known_benchmark(cls, name: str | None) -> str | None:
+        if name is not None and name not in benchmarks:
+            raise ValueError(f"no benchmark is called {name!r}; choose from {', '.join(benchmarks)}")
+        return name
 
 
 class SourceConfig(Section):
@@ -177,7 +226,8 @@ class MixerSection(Section):
     targets: Annotated[tuple[Text, ...], Strict(False)] = Field(
         default=("q", "k", "v", "o"),
         min_length=1,
-        description="projections that carry mixers: q, k, v, o or module names",
+        description="projections that carry mixers, by role (attention q, k, v, o; state space in, x, dt, out; "
+        "feed-forward gate, up, down) or by module name",
     )
     rank: int = Field(default=64, ge=1, description="LoRA rank R of an expert")
     alpha: float = Field(default=128.0, gt=0, description="LoRA alpha; an expert is scaled by alpha / R")
@@ -197,6 +247,16 @@ class MixerSection(Section):
     )
     experts: Annotated[tuple[ExpertSpec, ...], Strict(False)] | None = Field(
         default=None, description="the experts of the pool; null: one new expert a domain"
+    )
+    mixture: Text | None = Field(
+        default=None,
+        description="folder of a published mixture, or of the run that holds it, whose experts and routers "
+        "the run starts from; null: none. What it says of the mixers is then not written again",
+    )
+    transfer: bool = Field(
+        default=False,
+        description="whether the mixture may be of another kind of base, with modules of the same names and "
+        "widths",
     )
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from dsmixer.config.errors import UserError
-from dsmixer.config.schema import NAME_PATTERN, DataConfig, DomainConfig, SourceConfig
+from dsmixer.config.schema import NAME_PATTERN, DataConfig, DomainConfig, RecordTemplate, SourceConfig
 from dsmixer.data.forms import parse_record
 from dsmixer.data.readers import read_rows
 from dsmixer.data.records import Example, field_error
 from dsmixer.data.seeds import generator
+from dsmixer.data.template import check_template, templated
 
 MAX_QUARANTINED_CHARACTERS = 10_000
 
@@ -93,8 +94,12 @@ def load_domains(data: DataConfig, *, seed: int, quarantine: Path | None) -> lis
         quarantine: file for skipped records, written if there are any; None: they are only counted.
 
     Raises:
-        UserError: a source or record is bad, or a domain has no training example.
+        UserError: a template, source or record is bad, or a domain has no training example.
     """
+    for index, entry in enumerate(data.domains):
+        for key, template in (("template", entry.template), ("template_test", entry.template_test)):
+            if template is not None:
+                check_template(template, f"data.domains.{index}.{key}")
     bad = BadRecords(skip=data.on_bad_record == "skip")
     if data.source is not None:
         domains = _column_domains(data.source, seed, bad)
@@ -122,13 +127,14 @@ def _refuse_empty(domain: Domain, index: int, data: DataConfig) -> None:
 def _one_domain(entry: DomainConfig, seed: int, bad: BadRecords) -> Domain:
     before = len(bad.entries)
     parts = {}
-    for part, source, split, cap in (
-        ("train", entry.train, entry.split_train, entry.max_train),
-        ("test", entry.test, entry.split_test, entry.max_test),
+    subset_test, template_test = entry.subset_test or entry.subset, entry.template_test or entry.template
+    for part, source, split, subset, template, cap in (
+        ("train", entry.train, entry.split_train, entry.subset, entry.template, entry.max_train),
+        ("test", entry.test, entry.split_test, subset_test, template_test, entry.max_test),
     ):
-        rows = (
-            read_examples(source, split, entry.subset, entry.form, bad, domain=entry.name) if source else ()
-        )
+        rows: Iterable[Example] = ()
+        if source is not None:
+            rows = read_examples(source, split, subset, entry.form, bad, domain=entry.name, template=template)
         parts[part] = capped(rows, cap, generator(seed, "cap", part, entry.name))
     expert = entry.expert or entry.name
     return Domain(entry.name, expert, entry.weight, **parts, skipped=len(bad.entries) - before)
@@ -172,6 +178,7 @@ def read_examples(
     *,
     domain: str = "",
     column: str | None = None,
+    template: RecordTemplate | None = None,
 ) -> Iterator[Example]:
     """The examples of one source.
 
@@ -181,6 +188,7 @@ def read_examples(
         bad: told of each bad record.
         domain: the domain of all examples, unless ``column`` is given.
         column: the field that names each record's domain.
+        template: makes the form's fields of a record's columns.
 
     Raises:
         UserError: the source cannot be read, or a record is bad and bad records are not skipped.
@@ -192,7 +200,8 @@ def read_examples(
                 raise row
             if column is not None:
                 name = _named_domain(row, column, location)
-            example = parse_record(row, form, location, domain=name)
+            fields = row if template is None else templated(row, template, location)
+            example = parse_record(fields, form, location, domain=name)
         except UserError as error:
             bad.add(error, location, None if isinstance(row, UserError) else row, name)
         else:

@@ -33,7 +33,7 @@ def _fetch(recipe: Recipe) -> None:
     for entry in data.domains if data.source is None else (data.source,):
         fetch_source(entry.train, split=entry.split_train, subset=entry.subset)
         if entry.test is not None:
-            fetch_source(entry.test, split=entry.split_test, subset=entry.subset)
+            fetch_source(entry.test, split=entry.split_test, subset=entry.subset_test or entry.subset)
     if recipe.stage2.enabled and recipe.stage2.data.source is not None:
         fetch_source(recipe.stage2.data.source)
 
