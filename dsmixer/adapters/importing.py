@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from dsmixer.adapters.fitting import check_fit
 from dsmixer.adapters.module_names import base_module_names, shortest_names
-from dsmixer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, read_adapter
+from dsmixer.adapters.peft_format import CONFIG_FILE, LoraAdapter, read_adapter
+from dsmixer.adapters.sources import adapter_folder, another_base
+from dsmixer.adapters.untrusted import printable, shown
 from dsmixer.config.errors import UserError
 from dsmixer.config.stages import NAME_PATTERN
 from dsmixer.experts.bank import ExpertBank, lora_scaling
 from dsmixer.model.inject import Mixture, attach_mixers
-from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.model.mixer_config import MixerConfig
-from dsmixer.model.targets import find_targets, is_projection, projection_widths
-
-SHOWN = 3  # module paths named in an error
+from dsmixer.model.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Pool:
         """
         adapter = self.adapters[name]
         pair = adapter.pairs.get(path)
-        if pair is None:
+        if pair is None or pair.rank == 0:
             return None
         scaling = lora_scaling(adapter.rank, _alpha(adapter, self.rslora), self.rslora)
         b_OR = (
@@ -69,39 +68,39 @@ class Pool:
             if math.isclose(pair.scaling, scaling, rel_tol=1e-12)
             else pair.b_OR * (pair.scaling / scaling)
         )
-        missing = adapter.rank - pair.a_RD.shape[0]
+        missing = adapter.rank - pair.rank
         pad = nn.functional.pad
         return pad(pair.a_RD, (0, 0, 0, missing)), pad(b_OR, (0, missing))
 
 
 def _alpha(adapter: LoraAdapter, rslora: bool) -> float:
     """The alpha at which the adapter's widest projection keeps its scale."""
-    pair = max(adapter.pairs.values(), key=lambda pair: pair.a_RD.shape[0])
+    pair = max(adapter.pairs.values(), key=lambda pair: pair.rank)
     alpha = float(adapter.config["lora_alpha"])
     if lora_scaling(adapter.rank, alpha, rslora) == pair.scaling:
         return alpha
     return pair.scaling * (math.sqrt(adapter.rank) if rslora else adapter.rank)
 
 
-def read_pool(folders: Mapping[str, str | Path], *, rslora: bool | None = None) -> Pool:
-    """Read adapter folders, before any model is loaded.
+def read_pool(
+    sources: Mapping[str, str | Path], *, rslora: bool | None = None, revision: str | None = None
+) -> Pool:
+    """Read adapters, before any model is loaded.
 
     Args:
-        folders: PEFT LoRA folders by the name their expert gets.
+        sources: folders of PEFT adapters or hub ids, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, by the name
+            their expert gets. A folder beats a hub id of the same name.
         rslora: how the mixture scales; None: as the adapters do, if they all do the same.
+        revision: on the hub, of those that do not name one.
 
     Raises:
-        UserError: a name can't be a folder's name, or a folder is no plain LoRA adapter.
+        UserError: a name can't be a folder's name, or an adapter can't be had or is no sum of low rank.
     """
-    if not folders:
+    if not sources:
         raise UserError("no adapters to import", fix="name at least one adapter folder")
-    for name in folders:
+    for name in sources:
         check_expert_name(name)
-    adapters = {name: read_adapter(folder) for name, folder in folders.items()}
-    for name, adapter in adapters.items():
-        if any(pair.scaling == 0.0 for pair in adapter.pairs.values()):
-            where = f"{adapter.folder / CONFIG_FILE}: lora_alpha"
-            raise UserError(f"alpha 0 silences the expert {name}", where=where, fix="give its real alpha")
+    adapters = {name: read_adapter(adapter_folder(source, revision)) for name, source in sources.items()}
     if rslora is None:
         rslora = all(bool(adapter.config.get("use_rslora")) for adapter in adapters.values())
     return Pool(adapters, rslora)
@@ -115,17 +114,48 @@ def check_expert_name(name: str) -> None:
     """
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise UserError(
-            f"{name!r} can't be the name of an expert, which is a folder's name too",
+            f"{printable(repr(name))} can't be the name of an expert, which is a folder's name too",
             fix="use letters, digits, '.', '_' and '-', a letter or digit first, at most 100",
         )
 
 
-def import_adapters(model: nn.Module, adapters: Mapping[str, str | Path], **options: Any) -> Mixture:
-    """Put plain LoRA adapters on a model as a frozen pool of experts, with fresh routers.
+class BaseMismatchWarning(UserWarning):
+    """An adapter says that it was trained on another base than it is put on."""
+
+
+def base_mismatches(pool: Pool, base: str | None) -> list[str]:
+    """One line for each adapter that names another base model.
+
+    Only ids of the hub are compared, and of them the last parts too: shapes decide whether an adapter fits,
+    and a copy of a model may have another owner or be a folder.
+
+    Args:
+        pool: the adapters.
+        base: id or path of the base they are put on.
+    """
+    lines = []
+    for name, adapter in pool.adapters.items():
+        named = adapter.config.get("base_model_name_or_path")
+        if another_base(named, base):
+            lines.append(
+                f"the adapter {name} says that it was trained on {printable(named)}, not on {base}: "
+                "its shapes fit, but its outputs may make no sense"
+            )
+    return lines
+
+
+def import_adapters(
+    model: nn.Module, adapters: Mapping[str, str | Path], *, revision: str | None = None, **options: Any
+) -> Mixture:
+    """Put ready-made adapters on a model as a frozen pool of experts, with fresh routers.
+
+    An adapter that says that it was trained on another base is told with a ``BaseMismatchWarning``.
 
     Args:
         model: a freshly loaded transformers model; changed in place.
-        adapters: PEFT LoRA folders by the name their expert gets.
+        adapters: folders of PEFT adapters, or hub ids (``OWNER/NAME``, ``OWNER/NAME@REVISION``), by the
+            name their expert gets.
+        revision: on the hub, of those that do not name one.
         options: other fields of ``MixerConfig``, such as ``top_k``. ``targets`` defaults to the projections
             that the adapters have.
 
@@ -135,14 +165,35 @@ def import_adapters(model: nn.Module, adapters: Mapping[str, str | Path], **opti
     owned = {"experts", "rank", "alpha", "ranks", "alphas"} & set(options)
     if owned:
         raise UserError(f"{', '.join(sorted(owned))} come from the adapters", fix="leave them out")
-    pool = read_pool(adapters, rslora=options.pop("rslora", None))
-    targets = options.pop("targets", None)
+    pool = read_pool(adapters, rslora=options.pop("rslora", None), revision=revision)
+    # before anything is attached, so that a model that is refused stays as it was
+    config = pool_config(pool, model, options.pop("targets", None), **options)
+    mixture = attach_mixers(model, config)
+    fill_experts(mixture, pool)
+    for _, parameter in mixture.expert_parameters():
+        parameter.requires_grad_(False)
+    for line in base_mismatches(pool, getattr(getattr(model, "config", None), "_name_or_path", None)):
+        warnings.warn(line, BaseMismatchWarning, stacklevel=2)
+    return mixture
+
+
+def pool_config(pool: Pool, model: nn.Module, targets: Sequence[str] | None, **options: Any) -> MixerConfig:
+    """The configuration of a mixture of a pool on a model, both held against each other.
+
+    Args:
+        pool: the adapters.
+        model: the base; its weights may be on the meta device.
+        targets: what gets mixers; None: the projections that the adapters have.
+        options: other fields of ``MixerConfig``.
+
+    Raises:
+        UserError: an adapter does not fit the model, or has weights outside ``targets``.
+    """
     if targets is None:
         check_paths(pool, model, pool.paths())
         targets = shortest_names(set(pool.paths()), base_module_names(model))
-    # before anything is attached, so that a model that is refused stays as it was
     check_paths(pool, model, [target.path for target in find_targets(model, targets)])
-    config = MixerConfig(
+    return MixerConfig(
         targets=targets,
         experts=list(pool.adapters),
         ranks=pool.ranks,
@@ -150,11 +201,6 @@ def import_adapters(model: nn.Module, adapters: Mapping[str, str | Path], **opti
         rslora=pool.rslora,
         **options,
     )
-    mixture = attach_mixers(model, config)
-    fill_experts(mixture, pool)
-    for _, parameter in mixture.expert_parameters():
-        parameter.requires_grad_(False)
-    return mixture
 
 
 @torch.no_grad()
@@ -211,7 +257,7 @@ def check_scales(pool: Pool, config: MixerConfig) -> None:
             raise UserError(
                 f"the expert {name} has rank {given[0]} and alpha {given[1]:g}, "
                 f"but rank {wanted[0]} and alpha {wanted[1]:g} are asked for",
-                where=str(adapter.folder / CONFIG_FILE),
+                where=shown(adapter.folder / CONFIG_FILE),
                 fix="leave rank and alpha to the adapter, or give its own",
             )
 
@@ -220,93 +266,11 @@ def check_paths(pool: Pool, model: nn.Module, paths: Iterable[str]) -> None:
     """Refuse a pool whose weights and the model's projections do not match one to one.
 
     Args:
+        pool: the adapters.
         model: the base, with or without mixers.
         paths: the projections that have or get mixers.
 
     Raises:
-        UserError: weights for a module that is not there, is no projection, is not among ``paths`` or has
-            other widths; or no weights for a projection that the adapter's own configuration targets.
+        UserError: see :func:`dsmixer.adapters.fitting.check_fit`.
     """
-    targets = set(paths)
-    names = base_module_names(model)
-    linear = {}
-    for name in names:
-        module = model.get_submodule(name)
-        base = module.base if isinstance(module, MixedLinear) else module
-        if is_projection(base):
-            linear[name] = projection_widths(base)
-    for name, adapter in pool.adapters.items():
-        _check_keys(name, adapter, set(names), linear, targets)
-        _check_complete(name, adapter, linear)
-
-
-def _check_keys(
-    name: str,
-    adapter: LoraAdapter,
-    names: set[str],
-    linear: Mapping[str, tuple[int, int]],
-    targets: set[str],
-) -> None:
-    where = f"{adapter.folder / WEIGHTS_FILE} (expert {name})"
-    for problem, unfit, fix in (
-        (
-            "this base has no module",
-            [p for p in adapter.pairs if p not in names],
-            "use the adapter's own base",
-        ),
-        (
-            "no linear projection is",
-            [p for p in adapter.pairs if p not in linear],
-            "use plain LoRA on linear layers",
-        ),
-        (
-            "the mixture has no mixer on",
-            [p for p in adapter.pairs if p not in targets],
-            "add their names to the mixer's targets, so that nothing of the adapter is lost",
-        ),
-    ):
-        if unfit:
-            raise UserError(
-                f"{problem} {_some(unfit)}, for which the adapter has weights", where=where, fix=fix
-            )
-    for path, pair in adapter.pairs.items():
-        widths = (pair.a_RD.shape[1], pair.b_OR.shape[0])
-        if widths != linear[path]:
-            raise UserError(
-                f"{path}: the adapter maps {widths[0]} to {widths[1]}, the base {linear[path][0]} to "
-                f"{linear[path][1]}",
-                where=where,
-                fix="use the base model that the adapter was trained on",
-            )
-
-
-def _check_complete(name: str, adapter: LoraAdapter, linear: Mapping[str, tuple[int, int]]) -> None:
-    """PEFT would start the missing ones anew and say nothing; a file that lost a part must not pass."""
-    config = adapter.config
-    if config.get("target_modules") in (None, [], "all-linear"):
-        return
-    named = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-    where = adapter.folder / CONFIG_FILE
-    try:
-        rule = LoraConfig(**{key: config[key] for key in named if config.get(key) not in (None, [], "")})
-        missing = [p for p in linear if p not in adapter.pairs and check_target_module_exists(rule, p)]
-        extra = [p for p in adapter.pairs if not check_target_module_exists(rule, p)]
-    except (re.error, TypeError, ValueError) as error:
-        raise UserError(f"the targets can't be read: {error}", where=str(where)) from error
-    if missing:
-        raise UserError(
-            f"{WEIGHTS_FILE} has no weights for {_some(missing)}, which target_modules names (expert {name})",
-            where=f"{where}: target_modules",
-            fix="copy the whole adapter again",
-        )
-    if extra:
-        raise UserError(
-            f"{WEIGHTS_FILE} has weights for {_some(extra)}, which target_modules leaves out (expert {name})",
-            where=f"{where}: target_modules",
-            fix="bring the weights and the configuration of one adapter together",
-        )
-
-
-def _some(paths: list[str]) -> str:
-    shown = ", ".join(paths[:SHOWN])
-    return shown if len(paths) <= SHOWN else f"{shown} and {len(paths) - SHOWN} more"
+    check_fit(pool.adapters, model, set(paths))

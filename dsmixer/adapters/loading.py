@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from dsmixer.adapters.importing import Pool, fill_experts
-from dsmixer.adapters.mixture_folder import (
-    CONFIG_FILE,
-    EXPERTS_FOLDER,
-    ROUTERS_FILE,
-    Tensors,
-    read_description,
-)
-from dsmixer.adapters.peft_format import read_adapter, read_safetensors
+from dsmixer.adapters.importing import fill_experts
+from dsmixer.adapters.mixture_folder import CONFIG_FILE
+from dsmixer.adapters.saved_mixture import check_base, fill_routers, read_mixture
 from dsmixer.config.errors import UserError
-from dsmixer.model.inject import Mixture, attach_mixers
+from dsmixer.model.inject import attach_mixers
+from dsmixer.model.load import model_class
 from dsmixer.model.quantized import QUANTIZATIONS, check_packing_works, freeze_packed, loading_config
 
 
@@ -32,6 +26,7 @@ def load_mixture(
     device: str | torch.device | None = None,
     attention: str | None = None,
     quantization: str | None = None,
+    transfer: bool = False,
 ) -> tuple[Any, Any]:
     """Load a mixture on its base, ready for transformers' ``generate``.
 
@@ -43,26 +38,29 @@ def load_mixture(
         device: where the model goes; None: the CPU.
         attention: transformers' attention implementation; None: its own choice.
         quantization: ``none``, ``nf4`` or ``fp4``, of the base; None: as in training.
+        transfer: whether ``base`` may be another kind of model than the mixture was made on, with modules of
+            the same names and widths (arXiv 2507.00029, Table 5).
 
     Returns:
         the model, in evaluation mode, routed by its routers; and the tokenizer, or None if neither the folder
         nor the base has one.
 
     Raises:
-        UserError: folder or base can't be read, or do not fit each other.
+        UserError: folder or base can't be read, or do not fit each other; in a transfer the projections that
+            do not match are listed.
     """
     folder = Path(folder)
-    about, config = read_description(folder)
-    adapters = {name: read_adapter(folder / EXPERTS_FOLDER / name) for name in config.experts}
-    routers = read_safetensors(folder / ROUTERS_FILE)
+    saved = read_mixture(folder)
+    about = saved.about
     source, revision = _base_source(folder, about, base)
     packing = _packing(about, quantization)
     model = _load_base(source, revision, dtype or about.get("dtype"), attention, packing, device)
-    _check_model_type(model, about, folder)
-    mixture = attach_mixers(model, config)
-    fill_experts(mixture, Pool(adapters, config.rslora))
-    _fill_routers(mixture, routers, folder / ROUTERS_FILE)
-    tokenizer = _load_tokenizer(folder, source, revision)
+    check_base(saved, model, transfer=transfer)
+    mixture = attach_mixers(model, saved.config)
+    fill_experts(mixture, saved.pool)
+    fill_routers(mixture, saved)
+    # another base has other tokens
+    tokenizer = _load_tokenizer(None if transfer else folder, source, revision)
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None and tokenizer is not None:
         pad = tokenizer.pad_token_id
@@ -113,7 +111,8 @@ def _load_base(
         check_packing_works(packing[0], torch.device(device or "cpu"))
         options["quantization_config"] = loading_config(*packing, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = model_class(config).from_pretrained(
             source,
             revision=revision,
             dtype=dtype or "auto",
@@ -132,29 +131,8 @@ def _load_base(
     return model
 
 
-def _check_model_type(model: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
-    found, wanted = getattr(model.config, "model_type", None), about.get("model_type")
-    if wanted is not None and found != wanted:
-        problem = f"the base is a {found} model, and the mixture was made on a {wanted}"
-        raise UserError(problem, where=str(folder / CONFIG_FILE), fix="give the mixture's own base")
-
-
-@torch.no_grad()
-def _fill_routers(mixture: Mixture, tensors: Tensors, path: Path) -> None:
-    wanted = {f"{owner}.weight": router for owner, router in mixture.routers.items()}
-    if set(wanted) != set(tensors):
-        odd = sorted(set(wanted) ^ set(tensors))[:3]
-        problem = f"its routers are not those of {CONFIG_FILE}: {', '.join(odd)}"
-        raise UserError(problem, where=str(path), fix="copy the whole mixture again")
-    for key, router in wanted.items():
-        if tensors[key].shape != router.weight.shape:
-            problem = f"{key} is {list(tensors[key].shape)}, expected {list(router.weight.shape)}"
-            raise UserError(problem, where=str(path), fix="use the base model that the mixture was made on")
-        router.weight.copy_(tensors[key])
-
-
-def _load_tokenizer(folder: Path, source: str, revision: str | None) -> Any:
-    if (folder / "tokenizer_config.json").is_file():
+def _load_tokenizer(folder: Path | None, source: str, revision: str | None) -> Any:
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if Path(source).is_dir() and not any(Path(source).glob("*token*")):
         return None

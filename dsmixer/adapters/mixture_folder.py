@@ -3,7 +3,8 @@
 mixer_config.json        what was attached, and to which base
 routers.safetensors      one matrix a router, ``PATH.weight``, PATH the projection that owns it
 experts/NAME/            each a plain PEFT LoRA adapter
-README.md                the model card
+adapter_config.json      by which PEFT opens the whole folder, with an adapter_model.safetensors that is empty
+README.md                the model card, and pictures it shows
 tokenizer files          where a tokenizer was given
 """
 
@@ -24,6 +25,7 @@ from dsmixer.adapters.card import model_card
 from dsmixer.adapters.importing import check_expert_name
 from dsmixer.adapters.module_names import base_module_names, shortest_names
 from dsmixer.adapters.peft_format import check_savable, write_adapter
+from dsmixer.adapters.peft_method import is_saved_by_peft, read_saved_by_peft, write_for_peft
 from dsmixer.adapters.publish import published
 from dsmixer.config.errors import UserError
 from dsmixer.model.inject import Mixture
@@ -64,7 +66,8 @@ def save_mixture(
         revision: of the base model on the hub.
         state: full tensors by parameter name, as ``Mixture.expert_parameters`` and ``router_parameters``
             name them, where the live parameters are partitioned; None: the live ones.
-        facts: more for the model card, see ``card.model_card``.
+        facts: more for the model card, see ``card.model_card``; its ``pictures`` are the bytes of PNG files
+            by name, which are put beside the card.
 
     Raises:
         UserError: the folder is something else, the disk refuses, or a weight is empty or not finite.
@@ -78,6 +81,8 @@ def save_mixture(
         check_savable(name, tensor)
     base = base or getattr(getattr(mixture.model, "config", None), "_name_or_path", None) or None
     description = _description(mixture, base, revision)
+    facts = dict(facts or {})
+    pictures: Mapping[str, bytes] = facts.pop("pictures", {})
     with published(folder, may_replace=is_mixture_folder) as part:
         for index in range(len(mixture.expert_names)):
             _write_expert(part, mixture, full, index, base, revision)
@@ -88,10 +93,31 @@ def save_mixture(
         save_file(routers, part / ROUTERS_FILE, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        (part / CARD_FILE).write_text(model_card(_card_facts(mixture, description, facts)), encoding="utf-8")
-        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-        (part / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name, picture in pictures.items():
+            (part / name).write_bytes(picture)
+        card = {**_card_facts(mixture, description, facts), "pictures": list(pictures)}
+        (part / CARD_FILE).write_text(model_card(card), encoding="utf-8")
+        write_description(part, description, task_type(mixture.model))
     return folder
+
+
+def write_description(folder: Path, description: Mapping[str, Any], task: str) -> None:
+    """Say what a mixture folder holds, to dsmixer and to PEFT.
+
+    Args:
+        folder: being written.
+        description: ``{"format_version", "dsmixer_version", "base", "mixer"}``.
+        task: PEFT's task type.
+    """
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_for_peft(folder, description, task)
+
+
+def task_type(model: Any) -> str:
+    """PEFT's task type of a language model."""
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
 
 
 def _description(mixture: Mixture, base: str | None, revision: str | None) -> dict[str, Any]:
@@ -140,14 +166,17 @@ def _card_facts(
 def _write_expert(
     part: Path, mixture: Mixture, full: Tensors, index: int, base: str | None, revision: str | None
 ) -> None:
-    matrices, conv1d = {}, []
     rank = mixture.config.rank_list[index]
-    for path, mixer in mixture.mixers.items():
-        a_RD = full[f"{path}.bank.lora_A"][index, :rank]
-        matrices[path] = (a_RD, full[f"{path}.bank.lora_B"][index, :rank].T)
-        # a packed layer has forgotten, but for this, that it lay the other way round
-        conv1d.append(issubclass(getattr(mixer.base, "source_cls", type(mixer.base)), Conv1D))
-    encoder_decoder = bool(getattr(getattr(mixture.model, "config", None), "is_encoder_decoder", False))
+    matrices = {
+        path: (
+            full[f"{path}.bank.lora_A"][index, :rank],
+            full[f"{path}.bank.lora_B"][index, :rank].T,
+        )
+        for path in mixture.mixers
+    }
+    # where an imported adapter had nothing, both are zero, and its folder has nothing there either
+    held = {path: pair for path, pair in matrices.items() if any(bool(matrix.any()) for matrix in pair)}
+    matrices = held or matrices
     write_adapter(
         part / EXPERTS_FOLDER / mixture.expert_names[index],
         matrices,
@@ -156,20 +185,30 @@ def _write_expert(
         targets=shortest_names(matrices.keys(), base_module_names(mixture.model)),
         rslora=mixture.config.rslora,
         dropout=mixture.config.dropout,
-        fan_in_fan_out=all(conv1d),
+        fan_in_fan_out=all(stored_transposed(mixture.mixers[path].base) for path in matrices),
         base=base,
         revision=revision,
-        task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        task_type=task_type(mixture.model),
     )
+
+
+def stored_transposed(base: torch.nn.Module) -> bool:
+    """Whether a projection keeps its weight as ``[D, O]``, which PEFT calls ``fan_in_fan_out``."""
+    # a packed layer has forgotten, but for this, that it lay the other way round
+    return issubclass(getattr(base, "source_cls", type(base)), Conv1D)
 
 
 def read_description(folder: str | Path) -> tuple[dict[str, Any], MixerConfig]:
     """The folder's ``mixer_config.json``: what it says of the base, and the mixers.
 
+    Of a mixture that PEFT has saved, ``adapter_config.json``.
+
     Raises:
         UserError: the folder is no mixture, is of a later format, or names what can't be.
     """
     folder, path = Path(folder), Path(folder) / CONFIG_FILE
+    if not path.is_file() and is_saved_by_peft(folder):
+        return read_saved_by_peft(folder)
     if not path.is_file():
         problem = f"the folder has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(problem, where=str(folder), fix="give the folder of a mixture, runs/NAME/mixture")

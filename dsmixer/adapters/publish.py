@@ -28,8 +28,7 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
         UserError: something else is there.
         RefusedError: the disk refuses the writing.
     """
-    if folder.is_symlink() or (folder.exists() and not _is_free(folder) and not may_replace(folder)):
-        raise UserError("something else is there already", where=str(folder), fix="choose another folder")
+    check_free(folder, may_replace=may_replace)
     part = folder.with_name(f".{folder.name}.part")
     previous = folder.with_name(f".{folder.name}.previous")
     try:
@@ -49,6 +48,16 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
         raise RefusedError(f"cannot be written: {error}", where=str(folder), fix=fix) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def check_free(folder: Path, *, may_replace: Callable[[Path], bool] = lambda _: False) -> None:
+    """Refuse to write a folder where something else is, before there is anything to write.
+
+    Raises:
+        UserError: names the folder.
+    """
+    if folder.is_symlink() or (folder.exists() and not _is_free(folder) and not may_replace(folder)):
+        raise UserError("something else is there already", where=str(folder), fix="choose another folder")
 
 
 def _is_free(folder: Path) -> bool:

@@ -18,6 +18,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="base model, where it is not the one that the mixture names",
     )
     parser.add_argument(
+        "--transfer",
+        action="store_true",
+        help="let --base-model be another kind of model, with modules of the same names and widths",
+    )
+    parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the base (default: as in training)"
     )
     parser.add_argument(
@@ -35,9 +40,10 @@ def find_mixture(folder: Path) -> Path:
         UserError: it is neither a mixture nor a run folder with one.
     """
     from dsmixer.adapters.mixture_folder import is_mixture_folder
+    from dsmixer.adapters.peft_method import is_saved_by_peft
 
     for candidate in (folder, folder / "mixture"):
-        if is_mixture_folder(candidate):
+        if is_mixture_folder(candidate) or is_saved_by_peft(candidate):
             return candidate
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder), fix="give a mixture folder or a run folder")
@@ -71,7 +77,12 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         problem = f"device {device!r} can't be used: {str(error).splitlines()[0]}"
         raise UserError(problem, where="--device", fix="use cpu, or a device that is there") from error
     model, tokenizer = load_mixture(
-        folder, base=args.base_model, dtype=args.dtype, device=device, quantization=args.quantization
+        folder,
+        base=args.base_model,
+        dtype=args.dtype,
+        device=device,
+        quantization=args.quantization,
+        transfer=args.transfer,
     )
     if tokenizer is None:
         fix = "save the mixture with its tokenizer, or give a base model that has one (--base-model)"

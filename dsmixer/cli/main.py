@@ -19,14 +19,25 @@ PATIENCE = 30
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
-    from dsmixer.cli import doctor, evaluate, generate, plan, report, schema, train
+    from dsmixer.cli import (
+        doctor,
+        evaluate,
+        export,
+        generate,
+        import_adapters,
+        plan,
+        pool,
+        report,
+        schema,
+        train,
+    )
 
     parser = argparse.ArgumentParser(
         prog="dsmixer", description="Train and run mixtures of LoRA experts on DeepSpeed."
     )
     parser.add_argument("--version", action="version", version=f"dsmixer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, plan, evaluate, generate, report, doctor, schema):
+    for module in (train, plan, evaluate, generate, import_adapters, pool, export, report, doctor, schema):
         module.add_parser(commands)
     return parser
 

@@ -9,9 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Keys = Mapping[str, Any]
+BenchmarkName = Literal[
+    "cola",
+    "sst2",
+    "mrpc",
+    "rte",
+    "qqp",
+    "qnli",
+    "mnli",
+    "arc_easy",
+    "arc_challenge",
+    "medqa",
+    "piqa",
+    "hellaswag",
+    "boolq",
+    "gsm8k",
+    "mbpp",
+    "humaneval",
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ _HUMANEVAL = _Source(
     "openai_humaneval",
 )
 
-benchmarks: dict[str, Benchmark] = {
+benchmarks: dict[BenchmarkName, Benchmark] = {
     "cola": _glue(
         "cola", "Sentence: {{ sentence }}\nIs this sentence grammatically acceptable? Answer:", _NO_YES
     ),
@@ -152,7 +170,7 @@ def filled(entry: Mapping[str, Any]) -> dict[str, Any]:
     into it.
     An entry without a benchmark, or with an unknown one, comes back as it is.
     """
-    known = benchmarks.get(str(entry.get("benchmark")))
+    known = {str(name): benchmark for name, benchmark in benchmarks.items()}.get(str(entry.get("benchmark")))
     if known is None:
         return dict(entry)
     keys: dict[str, Any] = {"name": entry["benchmark"]}

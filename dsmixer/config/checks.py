@@ -12,6 +12,7 @@ from dsmixer.config.ds_checks import check_ds_config
 from dsmixer.config.ds_json import merge_ds_config, resolved_zero_stage
 from dsmixer.config.errors import UserError
 from dsmixer.config.explain import nearest_key
+from dsmixer.config.from_mixture import check_mixture
 from dsmixer.config.recipe import STAGES, LoadedRecipe, expert_names
 from dsmixer.config.secrets import check_no_secrets
 
@@ -142,13 +143,15 @@ def _check_expert_origins(loaded: LoadedRecipe) -> None:
                 where=loaded.where(f"mixer.experts.{index}.path"),
                 fix="set stage1.enabled: false, or remove the path",
             )
-        if recipe.stage1.enabled and recipe.data.source is None and expert.name not in served:
+        trained = recipe.mixer.mixture is not None or recipe.data.source is not None
+        if recipe.stage1.enabled and not trained and expert.name not in served:
             raise UserError(
                 f"no domain is served by expert {expert.name!r}, so stage one would never train it",
                 where=loaded.where(f"mixer.experts.{index}.name"),
                 fix=f"add a domain with expert: {expert.name}, or remove the expert",
             )
-    if not recipe.stage1.enabled and recipe.stage2.experts == "frozen":
+    starts_new = recipe.mixer.mixture is None
+    if starts_new and not recipe.stage1.enabled and recipe.stage2.experts == "frozen":
         imported = {expert.name for expert in recipe.mixer.experts or () if expert.path is not None}
         new = [name for name in expert_names(recipe) or () if name not in imported]
         if new:
@@ -203,6 +206,41 @@ def check_routing(loaded: LoadedRecipe, names: list[str] | None) -> None:
     if stage.preserve.experts != "all":
         for name in stage.preserve.experts:
             _check_known(loaded, "stage2.preserve.experts", name, names)
+    if stage.routers != "all":
+        _check_router_rows(loaded, stage.routers, names)
+
+
+def _check_router_rows(loaded: LoadedRecipe, rows: tuple[str, ...], names: list[str]) -> None:
+    where = loaded.where("stage2.routers")
+    if not rows:
+        fix = "name an expert, or write all"
+        raise UserError("no row of the routers would train", where=where, fix=fix)
+    for name in rows:
+        _check_known(loaded, "stage2.routers", name, names)
+    if loaded.recipe.mixer.mixture is None:
+        problem = "nothing would ever train the rows of the other experts, which no mixture brings"
+        raise UserError(problem, where=where, fix="write all, or start from a mixture: mixer.mixture: FOLDER")
+
+
+def _check_routing_loss(loaded: LoadedRecipe) -> None:
+    """Settings of RSL where RSL is not the loss, and labels where examples have none."""
+    stage = loaded.recipe.stage2
+    method = stage.routing_loss
+    names = [method] if isinstance(method, str) else [term.loss for term in method]
+    if stage.data.source is not None and {"meteora", "supervised_gate", "supervised_margin"} & set(names):
+        problem = "this loss is told each token's expert, and examples of stage2.data.source have no domain"
+        fix = "write stage2.data.source: null, or choose another loss"
+        raise UserError(problem, where=loaded.where("stage2.routing_loss"), fix=fix)
+    other = loaded.where("stage2.routing_loss")
+    if method == "lora_mixer" or other.startswith(
+        "command line: "
+    ):  # which takes the place of a recipe's RSL
+        return
+    for key in loaded.written:
+        if key.startswith("stage2.rsl.") and key != "stage2.rsl.ramp":
+            problem = f"this is a setting of RSL, and {other} chooses another loss"
+            fix = "remove it, or write routing_loss: lora_mixer, or [{loss: rsl, settings: {...}}, ...]"
+            raise UserError(problem, where=loaded.where(key), fix=fix)
 
 
 def _check_placement(loaded: LoadedRecipe) -> None:
@@ -243,10 +281,12 @@ _CHECKS: tuple[Callable[[LoadedRecipe], None], ...] = (
     _check_stages,
     _check_base,
     _check_domains,
+    check_mixture,
     _check_experts,
     _check_expert_origins,
     _check_targets,
     _check_routing,
+    _check_routing_loss,
     _check_placement,
     _check_evaluation,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsmixer.config.errors import UserError
 from dsmixer.config.explain import is_key, show, validate_recipe
+from dsmixer.config.from_mixture import with_mixture
 from dsmixer.config.overrides import apply_overrides
 from dsmixer.config.schema import Recipe
 from dsmixer.config.stages import Section, Stage2Config, StageConfig
@@ -106,10 +107,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 def settle(loaded: LoadedRecipe) -> LoadedRecipe:
     """Fill in what follows from other keys.
 
+    What a mixture that the run starts from decides stands in ``mixer`` and ``stage2``.
     ``stage2.top_k``, where nobody wrote it, is at most the number of experts. ``gradient_accumulation_steps``
     is null where nobody wrote it and ``global_batch_size`` decides. Idempotent.
     """
-    recipe = loaded.recipe
+    mixer, stage2 = with_mixture(loaded)
+    recipe = loaded.recipe.model_copy(update={"mixer": mixer, "stage2": stage2})
+    loaded = dataclasses.replace(loaded, recipe=recipe)
     names = expert_names(recipe)
     changed: dict[str, StageConfig] = {}
     for name in STAGES:

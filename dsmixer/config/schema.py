@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator, model_validator
+from pydantic import Field, Strict, model_validator
 
-from dsmixer.config.benchmarks import benchmarks, filled
+from dsmixer.config.benchmarks import BenchmarkName, filled
 from dsmixer.config.stages import (
     NAME_PATTERN,
     Count,
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 RecordForm = Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "multiple_choice"]
+LicenseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)]
 FORM_HELP = "form of a record; auto: told from its keys"
 
 
@@ -59,6 +60,9 @@ class RunConfig(Section):
     )
     log_every: int = Field(default=1, ge=1, description="optimizer steps between two lines of metrics.jsonl")
     tensorboard: bool = Field(default=True, description="whether TensorBoard files are written")
+    license: LicenseName | None = Field(
+        default=None, description="license in the model card, as the hub names it; null: other"
+    )
 
 
 class BaseConfig(Section):
@@ -139,7 +143,7 @@ class DomainConfig(Section):
     template_test: RecordTemplate | None = Field(
         default=None, description="the same for test, where its columns are others; null: as template"
     )
-    benchmark: str | None = Field(
+    benchmark: BenchmarkName | None = Field(
         default=None,
         description="a public benchmark, such as gsm8k, that gives the keys of the entry that are not "
         "written; null: none",
@@ -152,13 +156,6 @@ class DomainConfig(Section):
     @classmethod
     def _of_benchmark(cls, values: Any) -> Any:
         return filled(values) if isinstance(values, dict) else values
-
-    @field_validator("benchmark")
-    @classmethod
-    def _known_benchmark(cls, name: str | None) -> str | None:
-        if name is not None and name not in benchmarks:
-            raise ValueError(f"no benchmark is called {name!r}; choose from {', '.join(benchmarks)}")
-        return name
 
 
 class SourceConfig(Section):
@@ -189,7 +186,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is trained and tested on, and how records become rows."""
 
-    max_length: int = Field(default=1024, ge=8, description="longest row, in tokens")
+    max_length: int = Field(
+        default=1024, ge=8, description="longest row, in tokens; with an encoder, each side of it"
+    )
     packing: bool = Field(
         default=True, description="whether several examples share a row, without seeing each other"
     )
@@ -217,7 +216,9 @@ class ExpertSpec(Section):
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="LoRA alpha; null: the adapter's, or mixer.alpha"
     )
-    path: Text | None = Field(default=None, description="PEFT LoRA adapter to start from; null: a new expert")
+    path: Text | None = Field(
+        default=None, description="folder or hub id of a PEFT adapter to start from; null: a new expert"
+    )
 
 
 class MixerSection(Section):
@@ -226,8 +227,8 @@ class MixerSection(Section):
     targets: Annotated[tuple[Text, ...], Strict(False)] = Field(
         default=("q", "k", "v", "o"),
         min_length=1,
-        description="projections that carry mixers, by role (attention q, k, v, o; state space in, x, dt, out; "
-        "feed-forward gate, up, down) or by module name",
+        description="projections that carry mixers, by role (attention q, k, v, o; state space in, x, dt, "
+        "out; feed-forward gate, up, down) or by module name",
     )
     rank: int = Field(default=64, ge=1, description="LoRA rank R of an expert")
     alpha: float = Field(default=128.0, gt=0, description="LoRA alpha; an expert is scaled by alpha / R")

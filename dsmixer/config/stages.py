@@ -108,9 +108,44 @@ class RslConfig(Section):
         description="where usage is counted: all ranks in the step before, or this micro-batch",
     )
     ramp: float = Field(
-        default=0.3, ge=0, le=1, description="share of the steps in which alpha and lambda rise from zero"
+        default=0.3,
+        ge=0,
+        le=1,
+        description="share of the steps in which the weight of the routing loss, of any kind, rises from 0",
     )
     smooth_temperature: float = Field(default=1.0, gt=0, description="temperature of the smooth usage")
+
+
+RoutingMethod = Literal[
+    "lora_mixer", "switch", "mixlora", "ds_moe", "gmoe", "mole", "meteora", "dynmole", "none"
+]
+RoutingLossName = Literal[
+    "rsl",
+    "switch",
+    "auxiliary",
+    "quadratic",
+    "mixlora",
+    "z",
+    "tsallis",
+    "mutual_information",
+    "mole",
+    "gmoe_poisson",
+    "gmoe_normal",
+    "aesl_variance",
+    "supervised_gate",
+    "supervised_margin",
+]
+Setting = float | int | str | None
+
+
+class RoutingTermConfig(Section):
+    """One loss on the routers."""
+
+    loss: RoutingLossName = Field(description="which loss")
+    settings: dict[str, Setting] = Field(
+        default_factory=dict,
+        description="its settings, such as {alpha: 0.01}; what is left out has its default",
+    )
 
 
 class PreserveConfig(Section):
@@ -149,10 +184,20 @@ class Stage2Config(StageConfig):
         default="preserve",
         description="frozen: only routers train; preserve: experts train too, held by stage2.preserve",
     )
+    routers: Literal["all"] | Annotated[tuple[Name, ...], Strict(False)] = Field(
+        default="all",
+        description="all, or a list of experts: of the routers only their rows train, and the others stay as "
+        "they are",
+    )
     router_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="peak learning rate of the routers; null: that of the stage"
     )
     data: RouterDataConfig = Field(default_factory=RouterDataConfig, description="what the routers train on")
+    routing_loss: RoutingMethod | Annotated[tuple[RoutingTermConfig, ...], Strict(False)] = Field(
+        default="lora_mixer",
+        description="loss on the routers beside the task's: lora_mixer is RSL as stage2.rsl sets it, the "
+        "others are methods at their own coefficients; or a list of losses with their settings",
+    )
     rsl: RslConfig = Field(default_factory=RslConfig, description="the routing specialisation loss")
     preserve: PreserveConfig = Field(
         default_factory=PreserveConfig, description="how trained experts are held"

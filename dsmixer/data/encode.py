@@ -3,6 +3,10 @@
 The ids of a prompt are those of the prompt alone, as ``generate`` will see them, with a beginning-of-sequence
 token where the tokenizer puts one by itself. The completion's ids are those that follow the prompt's in
 ``prompt + completion``; where the tokenizer would merge across the seam, the completion is tokenised alone.
+
+An encoder-decoder model reads the prompt on one side and writes the completion on the other: the prompt's ids
+are those that the tokenizer makes of it with its own special tokens (T5's ends a text), the completion's
+those of the completion alone.
 """
 
 from __future__ import annotations
@@ -24,8 +28,18 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``[eos]`` if the tokenizer ends a text with it by itself, else nothing."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[-1]] if ids and ids[-1] == tokenizer.eos_token_id else []
+
+
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, templated: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    templated: bool = False,
+    for_encoder: bool = False,
 ) -> list[list[int]]:
     """Token ids of prompts, for generation.
 
@@ -33,9 +47,11 @@ def encode_prompts(
         tokenizer: a transformers tokenizer.
         prompts: texts.
         templated: whether a chat template wrote them; it writes its own special tokens.
+        for_encoder: whether an encoder reads them, so that the text ends there.
     """
     start = [] if templated else bos_ids(tokenizer)
-    return [start + ids for ids in _plain(tokenizer, prompts)]
+    end = end_ids(tokenizer) if for_encoder and not templated else []
+    return [start + ids + end for ids in _plain(tokenizer, prompts)]
 
 
 def encode_pairs(
@@ -60,19 +76,37 @@ def encode_pairs(
     ]
 
 
+def encode_sides(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    templated: bool = False,
+) -> list[tuple[list[int], list[int]]]:
+    """As ``encode_pairs``, for an encoder-decoder model: prompts for the encoder, completions alone."""
+    sources = encode_prompts(tokenizer, prompts, templated=templated, for_encoder=True)
+    return list(zip(sources, _plain(tokenizer, completions), strict=True))
+
+
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, for_encoder: bool = False
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of each example's prompt and completion, the latter closed by the end-of-sequence token.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        examples: any.
+        for_encoder: whether an encoder reads the prompts.
 
     Raises:
         UserError: a conversation does not go through the chat template.
     """
+    encode = encode_sides if for_encoder else encode_pairs
     pairs: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
     for templated in (False, True):
         places = [i for i, example in enumerate(examples) if (example.messages is not None) == templated]
         texts = [rendered(examples[i], tokenizer) for i in places]
-        encoded = encode_pairs(tokenizer, [p for p, _ in texts], [c for _, c in texts], templated=templated)
+        encoded = encode(tokenizer, [p for p, _ in texts], [c for _, c in texts], templated=templated)
         for i, (_, completion), (prompt_ids, completion_ids) in zip(places, texts, encoded, strict=True):
             closed = templated and ends_sequence(completion, tokenizer)
             end = [] if closed or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -95,6 +129,20 @@ def truncated(
     tail = kept - len(start)
     prompt = start + (prompt_ids[len(prompt_ids) - tail :] if tail else [])
     return prompt, completion_ids[: max_length - kept]
+
+
+def truncated_sides(
+    prompt_ids: list[int], completion_ids: list[int], max_length: int, num_end: int
+) -> tuple[list[int], list[int]]:
+    """Cut each side of a pair to ``max_length`` tokens, at its end.
+
+    The prompt keeps its ``num_end`` closing tokens, as T5's tokenizer does when it truncates; a completion
+    that is cut loses its own, so that no model learns to stop there.
+    """
+    if len(prompt_ids) > max_length:
+        end = prompt_ids[len(prompt_ids) - num_end :]
+        prompt_ids = prompt_ids[: max_length - num_end] + end
+    return prompt_ids, completion_ids[:max_length]
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -26,19 +26,22 @@ class TokenStore:
     """N tokenised examples. Of each, the tokens from ``target_starts[i]`` on are targets, never the first.
 
     The first token of an example has no target because in a packed row the token before it belongs to
-    another example.
+    another example. Where ``decoder_start`` is given, the store is for an encoder-decoder model: the encoder
+    reads the tokens before the first target, and the decoder writes the targets.
 
     Attributes:
         columns: Arrow table of ``SCHEMA``, N rows.
         domain_ids: int64 ``[N]``.
         locations: where each example came from, for messages.
         fingerprint: digest of texts, tokenizer and settings.
+        decoder_start: the token from which the decoder starts to write; None: there is no encoder.
     """
 
     columns: pa.Table
     domain_ids: np.ndarray
     locations: Sequence[str]
     fingerprint: str
+    decoder_start: int | None = None
 
     def __len__(self) -> int:
         return int(self.columns.num_rows)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dsmixer.config.errors import UserError
-from dsmixer.data.encode import bos_ids, encode_examples, truncated
+from dsmixer.data.encode import bos_ids, encode_examples, end_ids, truncated, truncated_sides
 from dsmixer.data.store import SCHEMA, TokenStore, cached_table, record_batch
 
 if TYPE_CHECKING:
@@ -33,24 +33,28 @@ def tokenize_examples(
     max_length: int,
     loss: Literal["completion", "all"] = "completion",
     cache_dir: str | Path | None = None,
+    decoder_start: int | None = None,
 ) -> TokenStore:
-    """Tokenise, truncate (``encode.truncated``) and mark what carries loss.
+    """Tokenise, truncate (``encode.truncated``, ``truncated_sides``) and mark what carries loss.
 
     Args:
         examples: N examples.
         domain_ids: the domain index of each.
         tokenizer: a transformers tokenizer; conversations need its chat template.
-        max_length: longest example in tokens, at least 2.
+        max_length: longest example in tokens, at least 2; for an encoder-decoder model of each side.
         loss: ``completion``, or ``all``: every token but an example's first.
         cache_dir: folder of the cache of tokens, keyed by texts, tokenizer and settings; None: in memory.
+        decoder_start: the decoder's first token, of an encoder-decoder model; None: a decoder alone.
 
     Raises:
         UserError: a conversation does not go through the chat template, an example has no token that could
             be a target, or the cache cannot be written.
     """
     assert max_length >= 2 and len(examples) == len(domain_ids)
-    fingerprint = _fingerprint(examples, tokenizer, max_length, loss)
-    batches = _batches(examples, tokenizer, max_length, loss)
+    sides = decoder_start is not None
+    assert not sides or loss == "completion", "an encoder's tokens have no loss"
+    fingerprint = _fingerprint(examples, tokenizer, max_length, "sides" if sides else loss)
+    batches = _batches(examples, tokenizer, max_length, "sides" if sides else loss)
     if cache_dir is None:
         table = pa.Table.from_batches(list(batches), SCHEMA)
     else:
@@ -58,23 +62,23 @@ def tokenize_examples(
             batches, Path(cache_dir).expanduser() / f"tokens-{fingerprint}.arrow", len(examples)
         )
     ids = np.asarray(domain_ids, dtype=np.int64)
-    return TokenStore(table, ids, [example.location for example in examples], fingerprint)
+    locations = [example.location for example in examples]
+    return TokenStore(table, ids, locations, fingerprint, decoder_start)
 
 
 def _batches(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, loss: str
 ) -> Iterator[pa.RecordBatch]:
-    num_bos = len(bos_ids(tokenizer))
+    sides, num_bos, num_end = loss == "sides", len(bos_ids(tokenizer)), len(end_ids(tokenizer))
     for first in range(0, len(examples), BATCH_EXAMPLES):
         batch = examples[first : first + BATCH_EXAMPLES]
         tokens, starts = [], []
         for example, (prompt_ids, completion_ids) in zip(
-            batch, encode_examples(tokenizer, batch), strict=True
+            batch, encode_examples(tokenizer, batch, for_encoder=sides), strict=True
         ):
-            prompt, completion = truncated(
-                prompt_ids, completion_ids, max_length, 0 if example.messages else num_bos
-            )
-            if len(prompt) + len(completion) < 2 or not completion:
+            cut, kept = (truncated_sides, num_end) if sides else (truncated, num_bos)
+            prompt, completion = cut(prompt_ids, completion_ids, max_length, 0 if example.messages else kept)
+            if not completion or (sides and not prompt) or len(prompt) + len(completion) < 2:
                 problem = "no token to learn is left after tokenisation"
                 raise UserError(
                     problem, where=example.location, fix="give it a prompt or a longer completion"

@@ -7,6 +7,7 @@ model from writing to the limit and changes no result.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from dsmixer.evaluation.scoring import Row, row_of
 from dsmixer.evaluation.sharing import batches_of, dealt, device_of, needs_company, summed, world
 from dsmixer.evaluation.sheet import Sheet
+from dsmixer.model.streams import decoder_start, is_encoder_decoder
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for the first bytes of a letter
 
@@ -97,20 +99,51 @@ def _write(
     limit = getattr(model.config, "max_position_embeddings", None)
     if isinstance(limit, int):
         prompts = [prompt[-(limit - 1) :] for prompt in prompts]
-    width = max(len(prompt) for prompt in prompts)
-    if isinstance(limit, int):
-        max_new_tokens = min(max_new_tokens, limit - width)
-    # left padding: what is written goes on from the last column of every row
-    ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        max_new_tokens = min(max_new_tokens, limit - max(len(prompt) for prompt in prompts))
+    given = padded_prompts(model, prompts, pad_token_id, device)
     output = model.generate(
-        torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
+        given.input_ids,
+        attention_mask=given.attention_mask,
         generation_config=greedy_config(model, tokenizer, max_new_tokens, pad_token_id),
-        stopping_criteria=StoppingCriteriaList([_StillPossible(tokenizer, wanted, width)]),
+        stopping_criteria=StoppingCriteriaList([_StillPossible(tokenizer, wanted, given.written_from)]),
         synced_gpus=synced,
     )
-    return [_text(tokenizer, row[width:].tolist()) for row in output]
+    return [_text(tokenizer, row[given.written_from :].tolist()) for row in output]
+
+
+@dataclass(frozen=True)
+class PaddedPrompts:
+    """Prompts as ``generate`` takes them.
+
+    Attributes:
+        input_ids: int64 ``[B, S]``.
+        attention_mask: int64 ``[B, S]``.
+        written_from: the column of ``generate``'s output at which what was written begins.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    written_from: int
+
+
+def padded_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> PaddedPrompts:
+    """Prompts of unlike lengths as one batch for ``generate``.
+
+    A decoder alone goes on from the last column of every row: padding is on the left. An encoder is padded on
+    the right, as in training, and the output holds what the decoder wrote behind its start token.
+    """
+    encoder = is_encoder_decoder(model.config)
+    width = max(len(prompt) for prompt in prompts)
+    ids, mask = [], []
+    for prompt in prompts:
+        padding, real = [pad_token_id] * (width - len(prompt)), [1] * len(prompt)
+        unseen = [0] * len(padding)
+        ids.append([*prompt, *padding] if encoder else [*padding, *prompt])
+        mask.append([*real, *unseen] if encoder else [*unseen, *real])
+    as_ids, as_mask = (torch.tensor(rows, device=device) for rows in (ids, mask))
+    return PaddedPrompts(as_ids, as_mask, written_from=1 if encoder else width)
 
 
 def greedy_config(
@@ -129,6 +162,7 @@ def greedy_config(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id,
         eos_token_id=end_token_ids(model, tokenizer) or None,
+        decoder_start_token_id=decoder_start(getattr(model, "config", None)),
     )
 
 

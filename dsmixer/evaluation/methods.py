@@ -17,6 +17,7 @@ from dsmixer.evaluation.scoring import Row, domain_rows, majority_rows, score_ro
 from dsmixer.evaluation.sharing import device_of, unwrapped, world
 from dsmixer.evaluation.sheet import Sheet, make_sheet
 from dsmixer.model.inject import Mixture, mixture_of, route_by, route_to
+from dsmixer.model.streams import decoder_start
 from dsmixer.routing.modes import Routing
 
 MAX_FULL_MATRIX = 16  # experts up to which each is scored on every domain
@@ -116,7 +117,12 @@ def evaluate_mixture(
     model = unwrapped(model)
     mixture = mixture_of(model)
     sheet = make_sheet(
-        domains, tokenizer, max_length=max_length, max_examples=settings.max_examples, seed=seed
+        domains,
+        tokenizer,
+        max_length=max_length,
+        max_examples=settings.max_examples,
+        seed=seed,
+        decoder_start=decoder_start(getattr(model, "config", None)),
     )
     counts = RoutingCounts(mixture, sheet.own_experts, device_of(model))
     was_training = model.training

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dsmixer.data.collate import PADDING, MicroBatch
+from dsmixer.data.collate import PADDING, EncoderRows, MicroBatch
 from dsmixer.evaluation.sharing import summed
 from dsmixer.evaluation.sheet import Sheet
 from dsmixer.model.inject import Mixture
@@ -58,14 +59,19 @@ def recorder(mixture: Mixture, sheet: Sheet, counts: RoutingCounts) -> Any:
     """A context around each forward pass that counts tokens of rows with the right completion once."""
 
     def around(micro: MicroBatch) -> AbstractContextManager[None]:
-        examples_T = micro.example_ids.flatten()
-        counted = torch.from_numpy(sheet.is_target_row).to(examples_T.device)
-        real_T = (examples_T != PADDING) & counted[examples_T.clamp_min(0)]
-        domains_T = torch.where(real_T, micro.domain_ids.flatten(), PADDING)
-        batch = BatchRouting(mask_T=real_T.float(), domains_T=domains_T)
-        return _recording(mixture, batch, counts)
+        counted = torch.from_numpy(sheet.is_target_row).to(micro.example_ids.device)
+        encoder = None if micro.encoder is None else _counted(micro.encoder, counted)
+        return _recording(mixture, replace(_counted(micro, counted), encoder=encoder), counts)
 
     return around
+
+
+def _counted(tokens: MicroBatch | EncoderRows, counted: torch.Tensor) -> BatchRouting:
+    """Of the tokens of one stream, those of rows that are counted."""
+    examples_T = tokens.example_ids.flatten()
+    real_T = (examples_T != PADDING) & counted[examples_T.clamp_min(0)]
+    domains_T = torch.where(real_T, tokens.domain_ids.flatten(), PADDING)
+    return BatchRouting(mask_T=real_T.float(), domains_T=domains_T)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import nn
 from dsmixer.data.collate import MicroBatch, collate
 from dsmixer.evaluation.sharing import batches_of, dealt, device_of, summed
 from dsmixer.evaluation.sheet import Sheet
-from dsmixer.losses.task import IGNORED, shift_labels, token_losses
+from dsmixer.losses.task import IGNORED, target_losses
 
 Row = dict[str, object]
 BatchContext = Callable[[MicroBatch], AbstractContextManager[None]]
@@ -57,7 +57,8 @@ def score_rows(
     Args:
         model: in evaluation mode; called by every rank, with the same rows.
         rows: which rows.
-        batch_size: rows a forward pass; padded on the right, which no causal model looks at.
+        batch_size: rows a forward pass; padded on the right, which no causal model looks at, and masked in
+            an encoder.
         end_token_id: the end of sequence that closes completions, None where the tokenizer has none.
         around: a context for each forward pass, as the routing analysis wants it.
         tick: called after each forward pass.
@@ -71,9 +72,9 @@ def score_rows(
     for batch in dealt(batches):
         micro = collate(sheet.store, [(row,) for row in batch] or [()], pad_token_id).to(device)
         with around(micro) if around is not None else nullcontext():
-            losses_BS, labels_BS = _completion_losses(model, micro)
+            losses_BS, targets_BS = _completion_losses(model, micro)
         if batch:
-            sums_M2[batch] = _row_sums(losses_BS, labels_BS, end_token_id).cpu()
+            sums_M2[batch] = _row_sums(losses_BS, targets_BS, end_token_id).cpu()
         if tick is not None:
             tick()
     total_M2 = summed(sums_M2, device).numpy()
@@ -81,27 +82,28 @@ def score_rows(
 
 
 def _completion_losses(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of the positions from the batch's first target on, and their labels, ``[B, S']``.
+    """Losses of the positions from the batch's first target on, and their targets, ``[B, S']``.
 
     Prompts need no logits: with a large vocabulary those are most of the memory.
     """
-    labels_BS = micro.labels
-    is_target_S = (labels_BS != IGNORED).any(0)
-    first = int(is_target_S.int().argmax()) if bool(is_target_S.any()) else labels_BS.shape[1] - 1
-    keep = labels_BS.shape[1] - max(0, first - 1)
+    targets_BS = micro.targets
+    is_target_S = (targets_BS != IGNORED).any(0)
+    first = int(is_target_S.int().argmax()) if bool(is_target_S.any()) else targets_BS.shape[1] - 1
+    keep = targets_BS.shape[1] - first
     options = {"logits_to_keep": keep} if _can_keep(model) else {}
-    logits_BSV = model(input_ids=micro.input_ids, use_cache=False, **options).logits
-    labels_BS = labels_BS[:, -keep:]
-    return token_losses(logits_BSV[:, -keep:], labels_BS), labels_BS
+    given = micro.inputs()
+    given.pop("position_ids", None)  # a row is one example here, and not every model takes them
+    logits_BSV = model(**given, use_cache=False, **options).logits
+    targets_BS = targets_BS[:, -keep:]
+    return target_losses(logits_BSV[:, -keep:], targets_BS), targets_BS
 
 
 def _can_keep(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _row_sums(losses_BS: torch.Tensor, labels_BS: torch.Tensor, end_token_id: int | None) -> torch.Tensor:
+def _row_sums(losses_BS: torch.Tensor, targets_BS: torch.Tensor, end_token_id: int | None) -> torch.Tensor:
     """Summed losses of each row, with and without the end of sequence, ``[B, 2]`` float64."""
-    targets_BS = shift_labels(labels_BS)
     losses_BS = losses_BS.double()
     last_B = (targets_BS != IGNORED).long().cumsum(1).argmax(1, keepdim=True)
     ends_B = targets_BS.gather(1, last_B) == (IGNORED if end_token_id is None else end_token_id)

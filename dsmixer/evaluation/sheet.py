@@ -54,7 +54,13 @@ class Sheet:
 
 
 def make_sheet(
-    domains: Sequence[Domain], tokenizer: Any, *, max_length: int, max_examples: int | None, seed: int = 0
+    domains: Sequence[Domain],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_examples: int | None,
+    seed: int = 0,
+    decoder_start: int | None = None,
 ) -> Sheet:
     """Tokenise the domains' test examples as training does its own.
 
@@ -62,6 +68,7 @@ def make_sheet(
         domains: those without test examples are left out.
         max_length: longest row, in tokens.
         max_examples: most examples a domain, drawn with ``seed``; None: all.
+        decoder_start: the decoder's first token, of an encoder-decoder model; None: a decoder alone.
 
     Raises:
         UserError: no domain has a test example, or one can't be tokenised.
@@ -79,7 +86,14 @@ def make_sheet(
                 of_row.append((index, len(examples), choice))
             examples.append(example)
     columns = np.array(of_row, dtype=np.int64)
-    store = tokenize_examples(rows, columns[:, 0], tokenizer, max_length=max_length, loss="completion")
+    store = tokenize_examples(
+        rows,
+        columns[:, 0],
+        tokenizer,
+        max_length=max_length,
+        loss="completion",
+        decoder_start=decoder_start,
+    )
     return Sheet(
         tuple(domain.name for domain in tested),
         tuple(domain.expert for domain in tested),

@@ -1,9 +1,10 @@
-"""Three ways to compute the same sum over experts, and the choice between them.
+"""Four ways to compute the same sum over experts, and the choice between them.
 
     y_t = sum_e gate_te * s_e * B_e A_e x_t
 
 ``loop`` is the reference. ``dense`` makes one wide product of all experts, for pools where E*R is small.
-``grouped`` sorts the (token, expert) pairs by expert and multiplies each expert's own rows.
+``grouped`` sorts the (token, expert) pairs by expert and multiplies each expert's own rows. ``few`` takes
+each pair by itself: for the few tokens of a decoding step, where no gradient is wanted.
 
 ``dense`` and ``grouped`` keep for the backward pass their input, the weights of the pairs and which experts
 they name, all as they were given, and nothing else: the products of size T*E*R are made again, and so is the
@@ -29,6 +30,7 @@ import torch
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.dense import choose_form, dense_form
 from dsmixer.experts.dropout import Dropout, drop
+from dsmixer.experts.few import few_form, suits_few
 from dsmixer.experts.grouped import grouped_form
 
 # (x_TD, a_ERD, b_ERO, s_E, assignment, dropout of x) -> y_TO
@@ -48,6 +50,8 @@ def auto_form(
     """The form that suits the pool or, in a large one, the experts that were chosen."""
     num_experts, rank = a_ERD.shape[:2]
     form = choose_form(num_experts, rank)
+    if suits_few(x_TD, assignment, num_experts, small=form == "dense"):
+        return few_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
     if form != "dense" and assignment.chosen_C is not None:
         form = choose_form(len(assignment.chosen_C), rank)
     return forms[form](x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
@@ -72,4 +76,4 @@ def loop_form(
     return y_TO
 
 
-forms: dict[str, Form] = {"loop": loop_form, "dense": dense_form, "grouped": grouped_form}
+forms: dict[str, Form] = {"loop": loop_form, "dense": dense_form, "grouped": grouped_form, "few": few_form}

@@ -15,6 +15,7 @@ from dsmixer.losses.interface import RoutingLoss
 from dsmixer.losses.mean_entropy import MoleBalanceLoss, MutualInformationLoss
 from dsmixer.losses.rsl import RoutingSpecializationLoss
 from dsmixer.losses.supervised_gate import SupervisedGateLoss
+from dsmixer.losses.supervised_margin import SupervisedMarginLoss
 from dsmixer.losses.token_losses import TsallisEntropyLoss, ZLoss
 
 __all__ = ["RoutingLoss", "SwitchLoss", "routing_losses"]
@@ -34,4 +35,5 @@ routing_losses: dict[str, Callable[..., RoutingLoss]] = {
     "aesl_orthogonality": AeslOrthogonalityLoss,
     "aesl_variance": AeslVarianceLoss,
     "supervised_gate": SupervisedGateLoss,
+    "supervised_margin": SupervisedMarginLoss,
 }

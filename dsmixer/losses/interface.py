@@ -41,11 +41,13 @@ class Extras:
         outputs_TKO: what the chosen experts put out, before their weights and in the order of
             ``choice.indices_TK``, with their graph.
         learned: parameters of losses, by name, each a scalar with a gradient.
+        trained_E: whose rows of the router train, bool; None: all.
     """
 
     labels_T: torch.Tensor | None = None
     outputs_TKO: torch.Tensor | None = None
     learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    trained_E: torch.Tensor | None = None
 
 
 NOTHING = Extras()

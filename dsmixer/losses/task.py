@@ -25,14 +25,23 @@ def shift_labels(labels_BS: torch.Tensor) -> torch.Tensor:
 
 
 def token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each position's next token, ``[B, S]`` nats, 0 where it has no target.
+    """Cross-entropy of each position's next token: ``target_losses`` of the shifted labels, ``[B, S]``.
+
+    Args:
+        logits_BSV: the model's logits.
+        labels_BS: the token at each position, -100 where it is no target.
+    """
+    return target_losses(logits_BSV, shift_labels(labels_BS))
+
+
+def target_losses(logits_BSV: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of what each position has to predict, ``[B, S]`` nats, 0 where it has no target.
 
     Args:
         logits_BSV: the model's logits, kept as they are; computed on in float32, some rows at a time
             (float64 stays, and is computed at once).
-        labels_BS: the token at each position, -100 where it is no target.
+        targets_BS: the token after each position, -100 where there is no target.
     """
-    targets_BS = shift_labels(labels_BS)
     losses = _row_losses(logits_BSV.flatten(0, 1), targets_BS.flatten())
     return losses.view_as(targets_BS)
 

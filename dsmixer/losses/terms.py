@@ -24,7 +24,7 @@ from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 
 @dataclass(frozen=True)
 class RoutingTerms:
-    """Several losses as one, each with the usage of the previous step that it wants.
+    """Several losses as one, each with the usage of the previous step that it wants; none is a loss of 0.
 
     Raises:
         ValueError: two terms want a smooth usage at different temperatures.
@@ -63,7 +63,9 @@ class RoutingTerms:
 
     def next_usage(self, statistics: RoutingStatistics) -> torch.Tensor:
         """The usages of a step, ``[N, M, E]``, from its reduced statistics."""
-        return torch.stack([previous_usage(statistics, t.usage, pooled=t.pooled) for t in self.terms])
+        shape = (0, statistics.num_routers, statistics.num_experts)
+        usages = [previous_usage(statistics, t.usage, pooled=t.pooled) for t in self.terms]
+        return torch.stack(usages) if usages else statistics.p_ME.new_zeros(shape)
 
     def __call__(
         self, output: RouterOutput, previous_usage_NE: torch.Tensor, ramp: float, extras: Extras = NOTHING
@@ -71,7 +73,7 @@ class RoutingTerms:
         """The terms' sum on one router; ``previous_usage_NE`` is the router's part of the usages."""
         pairs = zip(self.terms, previous_usage_NE, strict=True)
         losses = [term(output, usage_E, ramp, extras) for term, usage_E in pairs]
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() if losses else output.p_TE.new_zeros(())
 
 
 published: dict[str, tuple[RoutingLoss, ...]] = {

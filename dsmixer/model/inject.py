@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,10 +14,13 @@ from dsmixer.experts.bank import ExpertBank, padded_rank
 from dsmixer.experts.init import named_generator, normal_rows
 from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.model.state_space import call_projections
+from dsmixer.model.streams import stream_of
 from dsmixer.model.targets import Target, find_targets
 from dsmixer.placement.exchange import Placement, local_placement
-from dsmixer.routing.context import RoutingContext
-from dsmixer.routing.modes import Routing
+from dsmixer.routing.context import RoutingContext, Stream
+from dsmixer.routing.modes import Routing, modes
+from dsmixer.routing.requests import BY_ROUTERS, Request, routing_by_row, routing_of
 from dsmixer.routing.router import Router
 
 
@@ -45,6 +48,11 @@ class Mixture:
     @property
     def expert_names(self) -> tuple[str, ...]:
         return tuple(self.config.experts)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Whose tokens each router sees, in the order of ``routers``."""
+        return tuple(self.mixers[path].stream for path in self.routers)
 
     def expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``lora_A`` and ``lora_B`` of every bank, with their names in the model."""
@@ -109,6 +117,7 @@ def attach_mixers(
     for path, mixer in mixers.items():
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, mixer)
+    call_projections(model)
     mixture = Mixture(model, config, mixers, routers, context, placement)
     model.dsmixer = _Attached(mixture)  # type: ignore[assignment]
     return mixture
@@ -179,30 +188,36 @@ def _mix(
         context=context,
         exchange=placement.exchange,
         dropout=config.dropout,
-        shared=config.router == "per_block" and set(target.roles) <= set("qkv"),
+        shared=config.router == "per_block" and target.shares_input,
         owns_router=owns_router,
+        stream=stream_of(model, target.path),
     )
     # a new module starts in training mode, and a model that evaluates must not begin to drop inputs
     return mixer.train(base.training)
 
 
 @contextmanager
-def route_to(model: nn.Module, expert: str | None) -> Iterator[None]:
-    """Send every token to one expert with weight 1, or to none: ``None`` is the base model.
+def route_to(model: nn.Module, expert: Request | Sequence[Request]) -> Iterator[None]:
+    """Send every token to one expert with weight 1, or to none, or each row of a batch its own way.
 
     Args:
         model: a model with mixers attached.
-        expert: the expert's name, or None.
+        expert: an expert's name; None for the base model; ``BY_ROUTERS`` for the experts that the routers
+            choose. Or a list of these, one for each row of the batch; where ``generate`` makes several rows
+            of one (beams, returned sequences), one for each row that it was given.
+
+    Raises:
+        UserError: no expert has that name; in the forward pass, the batch does not have as many rows.
     """
     mixture = mixture_of(model)
-    if expert is None:
-        routing = Routing(mode="none")
-    elif expert in mixture.expert_names:
-        routing = Routing(mode="hard", expert=mixture.expert_names.index(expert))
+    by_routers = mixture.context.routing
+    if by_routers.mode not in modes or by_routers.rows is not None:
+        by_routers = mixture.config.default_routing()
+    names = mixture.expert_names
+    if expert is None or expert is BY_ROUTERS or isinstance(expert, str):
+        routing = routing_of(expert, names, by_routers)
     else:
-        raise UserError(
-            f"no expert is called {expert!r}", fix=f"choose from {', '.join(mixture.expert_names)}"
-        )
+        routing = routing_by_row(expert, names, by_routers)
     with mixture.context.routed(routing):
         yield
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from dsmixer.config.errors import UserError
 from dsmixer.config.schema import BaseConfig
 from dsmixer.model.quantized import check_stored_form, freeze_packed, loading_config
+from dsmixer.model.streams import ENCODER_DECODERS, decoder_start, is_encoder_decoder
 from dsmixer.model.targets import PACKABLE
 from dsmixer.placement.groups import cut_weights
 
@@ -29,7 +31,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 """Other formats of the same weights, which some repositories hold beside those that transformers reads."""
-RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "recurrent_gemma")
+STATE_SPACE = ("mamba", "falcon_mamba", "mamba2")
+"""Recurrent kinds that are trained here: their layers carry a state from each token to the next."""
+OTHER_RECURRENT = ("rwkv", "jamba", "bamba", "recurrent_gemma")
 
 
 @dataclass
@@ -37,7 +41,7 @@ class LoadedBase:
     """A base model as loaded.
 
     Attributes:
-        model: the causal language model.
+        model: the language model, a decoder or an encoder with one.
         tokenizer: its tokenizer.
         zero3_config: what told transformers to load it in shards; alive as long as the model.
     """
@@ -69,7 +73,7 @@ def load_base(
     Raises:
         UserError: the model is not there, of a kind that can't be trained here, or has no tokenizer.
     """
-    config = _read_config(base)
+    config = read_config(base)
     _check_kind(config, base)
     _check_packing(config, packing)
     tokenizer = load_tokenizer(base.model, base.revision)
@@ -86,7 +90,7 @@ def load_base(
     if four_bit and getattr(config, "quantization_config", None) is None:
         options["quantization_config"] = loading_config(base.quantization, base.double_quantization, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.model, **options)
+        model = model_class(config).from_pretrained(base.model, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unloadable(base, error) from error
     if four_bit:
@@ -128,13 +132,13 @@ def bare_base(base: BaseConfig, *, packing: bool = False) -> PreTrainedModel:
     Raises:
         UserError: as :func:`load_base`, but for weights and tokenizer.
     """
-    config = _read_config(base)
+    config = read_config(base)
     _check_kind(config, base)
     _check_packing(config, packing)
     options = {} if base.attention == "auto" else {"attn_implementation": base.attention}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+            model = model_class(config).from_config(config, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(base, error) from error
     return model
@@ -174,7 +178,17 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     )
 
 
-def _read_config(base: BaseConfig) -> Any:
+def model_class(config: Any) -> Any:
+    """What of transformers loads a base of this configuration with its language-model head."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+def read_config(base: BaseConfig) -> Any:
+    """The configuration of a base.
+
+    Raises:
+        UserError: there is none.
+    """
     if base.model.startswith((".", "/", "~")) and not Path(base.model).is_dir():
         raise UserError("no such folder", where=f"base.model: {base.model}", fix=_FIX)
     try:
@@ -190,17 +204,18 @@ def _read_config(base: BaseConfig) -> Any:
 def _check_kind(config: Any, base: BaseConfig) -> None:
     kind = str(getattr(config, "model_type", ""))
     where = f"base.model: {base.model}"
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(config) and kind not in ENCODER_DECODERS:
         raise UserError(
-            f"{kind} is an encoder-decoder model; this version trains decoder models",
+            f"{kind} is an encoder-decoder model of a kind that was never tried here",
             where=where,
-            fix="choose a causal language model",
+            fix=f"choose one of {', '.join(sorted(ENCODER_DECODERS))}, or a causal language model",
         )
-    if kind in RECURRENT:
+    decoder_start(config)
+    if kind in OTHER_RECURRENT:
         raise UserError(
-            f"{kind} has recurrent layers; this version trains attention models",
+            f"{kind} has recurrent layers of a kind that was never tried here",
             where=where,
-            fix="choose a causal language model with attention",
+            fix=f"choose one of {', '.join(STATE_SPACE)}, or a causal language model with attention",
         )
     check_stored_form(config, base)
 
@@ -228,6 +243,18 @@ def _check_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _check_packing(config: Any, packing: bool) -> None:
     kind = str(getattr(config, "model_type", ""))
+    if packing and is_encoder_decoder(config):
+        raise UserError(
+            f"{kind} has an encoder, in which the examples of one row would see each other",
+            where="data.packing",
+            fix="write data.packing: false",
+        )
+    if packing and kind in STATE_SPACE:
+        raise UserError(
+            f"{kind} carries its state from one example of a row into the next",
+            where="data.packing",
+            fix="write data.packing: false",
+        )
     if packing and kind not in PACKABLE:
         raise UserError(
             f"the architecture {kind} is not known to keep the examples of one row apart",

@@ -10,7 +10,7 @@ from torch import nn
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.experts.dropout import Dropout, drop
 from dsmixer.placement.exchange import Dispatched, Exchange, LocalExchange
-from dsmixer.routing.context import RoutingContext
+from dsmixer.routing.context import RoutingContext, Stream
 from dsmixer.routing.router import Router
 
 
@@ -28,6 +28,7 @@ class MixedLinear(nn.Module):
         shared: whether other projections of the block use the same router.
         owns_router: whether the router's weights are registered here. With one router a block, the first
             projection owns them and the others only call it.
+        stream: whose tokens the projection sees.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class MixedLinear(nn.Module):
         dropout: float = 0.0,
         shared: bool = False,
         owns_router: bool = True,
+        stream: Stream = "decoder",
     ) -> None:
         super().__init__()
         self.base = base
@@ -52,7 +54,7 @@ class MixedLinear(nn.Module):
         self._outside: tuple[RoutingContext, Router] = (context, router)
         self.exchange: Exchange = LocalExchange() if exchange is None else exchange
         self.router_index, self.shared, self.owns_router = router_index, shared, owns_router
-        self.dropout = dropout
+        self.dropout, self.stream = dropout, stream
 
     @property
     def context(self) -> RoutingContext:
@@ -64,9 +66,16 @@ class MixedLinear(nn.Module):
         context, router = self._outside
         if context.routing.mode == "none":
             return y
-        x_TD = x.reshape(-1, x.shape[-1])
+        x_TD = _in_autocast(x.reshape(-1, x.shape[-1]))
         shared_input = x if self.shared else None
-        assignment = context.assign(router, self.router_index, x_TD, shared_input=shared_input)
+        assignment = context.assign(
+            router,
+            self.router_index,
+            x_TD,
+            shared_input=shared_input,
+            stream=self.stream,
+            num_rows=x.shape[0],
+        )
 
         travels = self.exchange.travels and not assignment.here
 
@@ -92,3 +101,11 @@ class MixedLinear(nn.Module):
             if name in ("weight", "bias", "in_features", "out_features", "nf"):
                 return getattr(super().__getattr__("base"), name)
             raise
+
+
+def _in_autocast(x_TD: torch.Tensor) -> torch.Tensor:
+    """The input in the dtype that autocast gives products, where it is on: a form's two passes share one."""
+    kind = x_TD.device.type
+    if not torch.is_autocast_enabled(kind) or x_TD.dtype == torch.float64:
+        return x_TD
+    return x_TD.to(torch.get_autocast_dtype(kind))

@@ -18,7 +18,8 @@ class MixerConfig:
     """The experts on a model and how its routers choose among them.
 
     Attributes:
-        targets: role letters ``q``, ``k``, ``v``, ``o`` and names of linear modules.
+        targets: roles (``q``, ``k``, ``v``, ``o``; ``in``, ``x``, ``dt``, ``out``; ``gate``, ``up``,
+            ``down``) and names of linear modules.
         experts: names of the experts, in order; E of them.
         rank: LoRA rank of each expert that ``ranks`` does not name.
         alpha: LoRA alpha of each expert that ``alphas`` does not name.
@@ -26,7 +27,7 @@ class MixerConfig:
         alphas: alpha by expert name, where it differs.
         dropout: probability on the input of the experts, in training.
         rslora: scale by ``alpha / sqrt(rank)``.
-        router: ``per_projection``, or ``per_block`` for one router for q, k, v.
+        router: ``per_projection``, or ``per_block`` for one router for those that read the same input.
         router_std: standard deviation of a router's start.
         compute: ``auto``, ``loop``, ``dense`` or ``grouped``.
         routing: ``topk``, ``soft``, ``hard_soft`` or ``top_p``: how the trained mixture routes.
@@ -86,6 +87,15 @@ class MixerConfig:
         require(0.0 <= self.dropout < 1.0, "dropout", f"{self.dropout} is no probability", "use 0 to 0.99")
         k_fits = self.top_k is None or 0 < self.top_k <= num
         require(k_fits, "top_k", f"top_k {self.top_k} with {num} experts", f"use 1 to {num}")
+
+    def __getattr__(self, name: str) -> Any:
+        # what PEFT asks a configuration first
+        if name == "base_model_name_or_path":
+            raise UserError(
+                "PEFT's calls don't take a dsmixer.MixerConfig",
+                fix="import dsmixer.peft, and give them dsmixer.peft.MixerConfig, which has the same fields",
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def rank_list(self) -> tuple[int, ...]:

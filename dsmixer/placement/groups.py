@@ -8,12 +8,13 @@ tests over the ZeRO stages hold it to the pinned version.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.zero import register_external_parameter
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
@@ -258,6 +259,16 @@ def cut_weights(module: nn.Module, ds_config: Mapping[str, Any], *, experts_over
     # or it would replace torch.nn.functional.linear for the whole process
     block = {**ds_config["zero_optimization"], "memory_efficient_linear": False}
     deepspeed.zero.Init(module=module, config_dict_or_path={**ds_config, "zero_optimization": block})
+
+
+def read_outside(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let ZeRO-3 gather, around the passes of ``module``, parameters of its children that it reads itself.
+
+    DeepSpeed would find them in the first pass of an engine; a pass without one does not look.
+    """
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            register_external_parameter(module, parameter)
 
 
 def parameter_groups(

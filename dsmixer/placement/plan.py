@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +133,10 @@ def make_plan(request: PlanRequest) -> Plan:
 
 def _notes(request: PlanRequest, chosen: Candidate) -> list[str]:
     notes = []
-    narrowest = min((p.in_features for p in request.model.projections), default=0)
-    experts = request.pool.num_experts
-    if request.pool.router == "per_projection" and experts > narrowest / ROUTER_SHARE:
+    together = Counter(p.block for p in request.model.projections)
+    shared = [p.in_features for p in request.model.projections if together[p.block] > 1]
+    narrowest, experts = min(shared, default=0), request.pool.num_experts
+    if request.pool.router == "per_projection" and shared and experts > narrowest / ROUTER_SHARE:
         weights = router_weights(request)
         notes.append(
             f"mixer.router: per_block is worth it: E = {experts} > D/8 = {narrowest / ROUTER_SHARE:g}, and "
@@ -143,6 +145,15 @@ def _notes(request: PlanRequest, chosen: Candidate) -> list[str]:
     if request.four_bit and chosen.layout.zero_stage == 3:
         notes.append(
             "a 4-bit base is whole on every rank while it is loaded; ZeRO-3 cuts it then, but for its scales"
+        )
+    scan = request.model.layer.state_space
+    if scan is not None:
+        notes.append(
+            "activations of state-space layers are what the fused kernels of mamba_ssm and causal_conv1d "
+            "keep by their source; not measured"
+            if scan.fused
+            else "activations of state-space layers are those of transformers' plain scan: mamba_ssm and "
+            "causal_conv1d are not here, whose kernels keep and take far less"
         )
     if chosen.fits is False and request.cluster.device_memory is not None:
         notes.append(

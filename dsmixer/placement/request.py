@@ -30,11 +30,53 @@ float32 or, quantised twice, in 8 bits with a float32 scale for 256 of them."""
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection that carries a mixer. Those of equal ``block`` read the same input."""
+    """A projection that carries a mixer. Those of equal ``block`` read the same input.
+
+    ``kept``: whether the base keeps that input for the backward pass anyway, as attention does what o reads.
+    """
 
     in_features: int
     out_features: int
     block: str
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class StateSpaceShape:
+    """What the activations of a state-space layer follow from.
+
+    Attributes:
+        inner: I, width of what the scan runs over.
+        state: N, numbers of state a channel.
+        selected: width of the time step's low rank with B and C, as ``x_proj`` makes them; 0 in Mamba-2.
+        channels: those of the convolution.
+        heads: of Mamba-2; 0 in Mamba, where each channel has its own decay.
+        chunk: Q, positions that Mamba-2 takes at once.
+        fused: whether the kernels of mamba_ssm and causal_conv1d are there.
+    """
+
+    inner: int
+    state: int
+    selected: int
+    channels: int
+    heads: int = 0
+    chunk: int = 0
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What an encoder-decoder model has beside its decoder's layers.
+
+    Attributes:
+        layers: number of encoder layers.
+        mlp_kept: how often the feed-forward part of a layer, on both sides, keeps its inner width.
+        dropout: whether the base drops activations itself in training.
+    """
+
+    layers: int
+    mlp_kept: int
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +93,10 @@ class LayerShape:
         layers: number of decoder layers.
         vocabulary: number of tokens the model knows.
         eager: whether attention keeps its scores, ``heads · S²`` a row.
+        wide_residual: whether the residual stream is in float32 whatever the base is in.
+        wide_logits: whether the logits are.
+        state_space: of layers that have a state-space mixer in place of attention and feed-forward part.
+        encoder: of a model whose decoder attends to what an encoder has read.
     """
 
     hidden: int
@@ -62,6 +108,10 @@ class LayerShape:
     layers: int
     vocabulary: int
     eager: bool = False
+    wide_residual: bool = False
+    wide_logits: bool = False
+    state_space: StateSpaceShape | None = None
+    encoder: EncoderShape | None = None
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,13 @@ def _share_figure(title: str, values: np.ndarray, rows: list[str], columns: list
 
 
 def layer_of(router: str) -> str:
-    """The layer a router belongs to, by the first number in its module path; the path where it has none."""
+    """The layer a router belongs to, by the first number in its module path; the path where it has none.
+
+    An encoder-decoder model has layers of each number on both sides.
+    """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", router)
-    return f"layer {found.group(1)}" if found else router
+    side = re.match(r"(encoder|decoder)\.", router)
+    return f"{side.group(1) + ' ' if side else ''}layer {found.group(1)}" if found else router
 
 
 def by_layer(routing: RoutingLoad, values_M: np.ndarray) -> tuple[list[str], np.ndarray]:

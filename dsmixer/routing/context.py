@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.routing.modes import Routing, modes
+from dsmixer.routing.modes import Routing, modes, topk_of_logits
+from dsmixer.routing.requests import check_rows, forced_assignment, with_forced_rows
 from dsmixer.routing.router import Router
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 
@@ -26,21 +27,31 @@ Prepared = TypeVar("Prepared")
 RouterLoss = Callable[[RouterOutput, int], torch.Tensor]
 
 
+Stream = Literal["decoder", "encoder"]
+"""Whose tokens a projection sees. A model without an encoder has one stream, the decoder's."""
+
+
 @dataclass(frozen=True)
 class BatchRouting:
-    """What a training batch tells its mixers.
+    """What a training batch tells its mixers, of the decoder's tokens.
 
     Attributes:
         expert_ids_T: expert of each token in ``hard`` routing: its place in this rank's banks, -1 for none.
         mask_T: 1.0 for real tokens, 0.0 for padding.
         domains_T: domain of each token, -1 on padding; for the load of experts by domain.
         num_here: experts in this rank's banks; None: all.
+        encoder: the same of the encoder's tokens, in an encoder-decoder model.
     """
 
     expert_ids_T: torch.Tensor | None = None
     mask_T: torch.Tensor | None = None
     domains_T: torch.Tensor | None = None
     num_here: int | None = None
+    encoder: BatchRouting | None = None
+
+    def of(self, stream: Stream) -> BatchRouting:
+        """That part of it which is about a stream's tokens."""
+        return self if stream == "decoder" else self.encoder or BatchRouting()
 
 
 @dataclass
@@ -72,7 +83,7 @@ class RoutingContext:
         self._router_loss: RouterLoss | None = None
         self._loss_sum: torch.Tensor | None = None
         self._shared: _SharedAssignment | None = None
-        self._at_home: Assignment | None = None
+        self._at_home: dict[Stream, Assignment] = {}
 
     @contextmanager
     def routed(self, routing: Routing) -> Iterator[None]:
@@ -98,12 +109,22 @@ class RoutingContext:
         ``clear`` after the backward pass ends both.
         """
         self.batch, self._statistics, self._router_loss = batch, statistics, router_loss
-        self._at_home = None
+        self._at_home = {}
         self._loss_sum, self._recording, self._shared = None, True, None
         try:
             yield
         finally:
             self._recording, self._shared = False, None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around a pass that is no part of training, perhaps before the backward pass of one that is."""
+        kept = self.batch, self._statistics, self._router_loss, self._at_home
+        self.clear()
+        try:
+            yield
+        finally:
+            self.batch, self._statistics, self._router_loss, self._at_home = kept
 
     def take_loss(self) -> torch.Tensor | None:
         """The routers' losses of the last recorded pass, summed over routers and real tokens."""
@@ -112,11 +133,18 @@ class RoutingContext:
 
     def clear(self) -> None:
         """Forget the batch and the routers' losses: the next pass is not part of training."""
-        self.batch, self._shared, self._at_home = BatchRouting(), None, None
+        self.batch, self._shared, self._at_home = BatchRouting(), None, {}
         self._statistics = self._router_loss = None
 
     def assign(
-        self, router: Router, index: int, x_TD: torch.Tensor, *, shared_input: torch.Tensor | None = None
+        self,
+        router: Router,
+        index: int,
+        x_TD: torch.Tensor,
+        *,
+        shared_input: torch.Tensor | None = None,
+        stream: Stream = "decoder",
+        num_rows: int | None = None,
     ) -> Assignment:
         """The experts of each token of ``x_TD``, as the present routing says.
 
@@ -127,15 +155,19 @@ class RoutingContext:
             shared_input: what the projection read before it was flattened, where others of the block use
                 the same router; those that read the same memory get one and the same assignment, counted
                 once.
+            stream: whose tokens they are.
+            num_rows: of the batch that they are of; None: one token a row.
         """
+        if self.routing.rows is not None:
+            check_rows(self.routing.rows, len(x_TD) if num_rows is None else num_rows)
         if not self.routing.uses_router:
-            return self._without_router(x_TD)
+            return self._without_router(x_TD, stream)
         if shared_input is None:
-            return self._through_router(router, index, x_TD)
+            return self._through_router(router, index, x_TD, stream)
         key = (index, self.routing, self._recording, torch.is_grad_enabled(), *_memory_of(shared_input))
         kept = self._shared
         if kept is None or kept.key != key:
-            kept = _SharedAssignment(key, shared_input, self._through_router(router, index, x_TD))
+            kept = _SharedAssignment(key, shared_input, self._through_router(router, index, x_TD, stream))
             self._shared = kept
         return kept.assignment
 
@@ -149,8 +181,10 @@ class RoutingContext:
         prepared: Prepared = kept.prepared
         return prepared
 
-    def _without_router(self, x_TD: torch.Tensor) -> Assignment:
+    def _without_router(self, x_TD: torch.Tensor, stream: Stream) -> Assignment:
         num_tokens, mode = x_TD.shape[0], self.routing.mode
+        if self.routing.rows is not None:
+            return forced_assignment(self.routing.rows, num_tokens, self.num_experts, x_TD.device)
         ones_T1 = torch.ones(num_tokens, 1, device=x_TD.device)
         if mode == "uniform":
             gate_TE = ones_T1.expand(num_tokens, self.num_experts) / self.num_experts
@@ -159,25 +193,38 @@ class RoutingContext:
         if self.routing.expert is not None:
             ids_T1 = torch.full((num_tokens, 1), self.routing.expert, device=x_TD.device)
             return Assignment(self.num_experts, indices_TK=ids_T1, weights_TK=ones_T1)
-        ids_T = self.batch.expert_ids_T
+        batch = self.batch.of(stream)
+        ids_T = batch.expert_ids_T
         assert ids_T is not None and ids_T.shape[0] == num_tokens, "hard routing without its ids"
-        if self._at_home is None:
-            here = self.num_experts if self.batch.num_here is None else self.batch.num_here
-            self._at_home = Assignment(here, indices_TK=ids_T[:, None], weights_TK=ones_T1, here=True)
-        return self._at_home
+        if stream not in self._at_home:
+            here = self.num_experts if batch.num_here is None else batch.num_here
+            at_home = Assignment(here, indices_TK=ids_T[:, None], weights_TK=ones_T1, here=True)
+            self._at_home[stream] = at_home
+        return self._at_home[stream]
 
-    def _through_router(self, router: Router, index: int, x_TD: torch.Tensor) -> Assignment:
+    def _through_router(self, router: Router, index: int, x_TD: torch.Tensor, stream: Stream) -> Assignment:
         logits_TE = router(x_TD)
-        p_TE = torch.softmax(logits_TE, dim=1)
-        choice = modes[self.routing.mode](p_TE, self.routing)
-        self._record(RouterOutput(logits_TE, p_TE, choice, self.batch.mask_T), index)
+        if self._unobserved and self.routing.renormalized_topk:
+            choice = topk_of_logits(logits_TE, self.routing)
+        else:
+            p_TE = torch.softmax(logits_TE, dim=1)
+            choice = modes[self.routing.mode](p_TE, self.routing)
+            batch = self.batch.of(stream)
+            self._record(RouterOutput(logits_TE, p_TE, choice, batch.mask_T), index, batch.domains_T)
+        if self.routing.rows is not None:
+            choice = with_forced_rows(choice, self.routing.rows)
         if choice.gate_TE is not None:
             return Assignment(self.num_experts, gate_TE=choice.gate_TE)
         return Assignment(self.num_experts, indices_TK=choice.indices_TK, weights_TK=choice.weights_TK)
 
-    def _record(self, output: RouterOutput, index: int) -> None:
+    @property
+    def _unobserved(self) -> bool:
+        """Whether nobody asks for the probabilities of all experts."""
+        return not self._recording and self._router_loss is None and not torch.is_grad_enabled()
+
+    def _record(self, output: RouterOutput, index: int, domains_T: torch.Tensor | None) -> None:
         if self._recording and self._statistics is not None:
-            self._statistics.record(index, output, self.batch.domains_T)
+            self._statistics.record(index, output, domains_T)
         if self._router_loss is not None and (self._recording or torch.is_grad_enabled()):
             loss = self._router_loss(output, index)
             # run again by activation checkpointing, only the tensors it saves are wanted

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+NO_EXPERT, ROUTERS = -1, -2
+"""In ``Routing.rows``: no expert, and those that the routers choose."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -25,6 +28,8 @@ class Routing:
         renormalize: whether the chosen weights are divided by their sum.
         top_p: the probability mass that ``top_p`` has to reach.
         expert: index of the one expert, in ``hard``.
+        rows: the expert of each row of the batch; ``NO_EXPERT`` for the base alone, ``ROUTERS`` for a row
+            that goes the way of ``mode``. None: all rows do.
     """
 
     mode: str = "topk"
@@ -32,10 +37,16 @@ class Routing:
     renormalize: bool = True
     top_p: float = 0.9
     expert: int | None = None
+    rows: tuple[int, ...] | None = None
 
     @property
     def uses_router(self) -> bool:
-        return self.mode in modes
+        return self.mode in modes and (self.rows is None or ROUTERS in self.rows)
+
+    @property
+    def renormalized_topk(self) -> bool:
+        """Whether the weights are those of ``topk``, with sum 1."""
+        return self.mode == "topk" and self.renormalize
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,12 @@ def topk(p_TE: torch.Tensor, routing: Routing) -> Choice:
     """The K largest, renormalised to sum 1 unless told otherwise."""
     indices_TK, weights_TK = _top(p_TE, routing)
     return Choice(indices_TK, weights_TK)
+
+
+def topk_of_logits(logits_TE: torch.Tensor, routing: Routing) -> Choice:
+    """What renormalised ``topk`` makes of ``softmax(logits)``, without the probabilities of the others."""
+    logits_TK, indices_TK = logits_TE.topk(min(routing.top_k, logits_TE.shape[1]), dim=1)
+    return Choice(indices_TK, logits_TK.softmax(1))
 
 
 def soft(p_TE: torch.Tensor, routing: Routing) -> Choice:

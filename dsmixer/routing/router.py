@@ -26,8 +26,15 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_experts, in_features, device=device))
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return _logits(x_TD, self.weight)
         logits_TE: torch.Tensor = _Logits.apply(x_TD, self.weight)
         return logits_TE
+
+
+def _logits(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    logits_TE = F.linear(x_TD, weight_ED.to(x_TD.dtype))
+    return logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
 
 
 class _Logits(torch.autograd.Function):
@@ -36,8 +43,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        logits_TE = F.linear(x_TD, weight_ED.to(x_TD.dtype))
-        return logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+        return _logits(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -20,6 +20,8 @@ from dsmixer.data.records import Example
 from dsmixer.data.sampler import StepSampler
 from dsmixer.data.store import TokenStore
 from dsmixer.data.tokenize import tokenize_examples
+from dsmixer.model.load import read_config
+from dsmixer.model.streams import decoder_start
 from dsmixer.training.nodes import tokenize_on_nodes
 from dsmixer.training.world import World
 
@@ -153,12 +155,18 @@ def stage_data(
     if number == 2:
         weights.append(1.0)  # examples of no domain, from a source of the routers' own
     cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else None
-    ids = domain_ids(examples, names)
+    ids, start = domain_ids(examples, names), decoder_start(read_config(recipe.base))
 
     def tokenize(folder: str | Path | None) -> TokenStore:
         data = recipe.data
         return tokenize_examples(
-            examples, ids, tokenizer, max_length=data.max_length, loss=data.loss, cache_dir=folder
+            examples,
+            ids,
+            tokenizer,
+            max_length=data.max_length,
+            loss=data.loss,
+            cache_dir=folder,
+            decoder_start=start,
         )
 
     store = tokenize_on_nodes(world, tokenize, cache)

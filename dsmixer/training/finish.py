@@ -16,6 +16,7 @@ from dsmixer.evaluation.table import print_evaluation, write_evaluation
 from dsmixer.model.load import LoadedBase
 from dsmixer.report.page import build_report
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
+from dsmixer.training.card_facts import card_facts, routing_picture
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.progress import console, print_summary
 from dsmixer.training.saving import whole_weights
@@ -32,19 +33,22 @@ def finish_run(state: RunState, base: LoadedBase, engine: StageEngine) -> None:
     Every rank calls it; rank 0 writes.
     """
     weights = whole_weights(state.mixture)
-    facts = _facts(state)
+    facts = card_facts(state)
     state.pulse.enter("publishing")
     state.keep_lock()
     _publish(state, base, weights, facts)
     if not state.loaded.recipe.stage2.enabled:
-        state.say("stage two was not enabled: the routers are as they started, and choose at random")
+        fresh = state.loaded.recipe.mixer.mixture is None
+        as_they_were = "as they started, and choose at random" if fresh else "those of mixer.mixture"
+        state.say(f"stage two was not enabled: the routers are {as_they_were}")
     if not any(domain.test for domain in state.data.domains):
         state.say("no domain has a test part: nothing was evaluated")
     elif state.loaded.recipe.evaluation.enabled:
         state.pulse.enter("evaluating")
         result = _evaluate(state, base, engine)
         state.pulse.enter("publishing")
-        _publish(state, base, weights, {**facts, "evaluation": result})
+        pictures = once(state.world, lambda: routing_picture(state.folder.path))
+        _publish(state, base, weights, {**facts, "evaluation": result, "pictures": pictures})
     state.pulse.enter("writing the report")
     state.keep_lock()
     report = once(state.world, lambda: str(build_report(state.folder.path)))
@@ -93,14 +97,6 @@ def _publish(state: RunState, base: LoadedBase, weights: Tensors, facts: dict[st
 def _lasting(model: str) -> str:
     """A local base by its absolute path, so that the mixture is usable from any folder."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def _facts(state: RunState) -> dict[str, Any]:
-    domains = [
-        {"name": d.name, "expert": d.expert, "train": len(d.train), "test": len(d.test)}
-        for d in state.data.domains
-    ]
-    return {"domains": domains}
 
 
 def _rows(recipe: Recipe) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from dsmixer.data.collate import MicroBatch, StepBatch
 from dsmixer.experts.init import named_generator
-from dsmixer.losses.task import token_losses
+from dsmixer.losses.task import target_losses
 from dsmixer.placement import groups
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training.engine import StageEngine
@@ -157,10 +157,7 @@ class Loop:
         router_loss, router_scale = stage.router_loss()
         with context.recording(stage.batch_routing(micro), statistics, router_loss):
             # no name for the logits: the backward pass may free them before it comes to the layers
-            losses_BS = token_losses(
-                engine(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False).logits,
-                micro.labels,
-            )
+            losses_BS = target_losses(engine(**micro.inputs(), use_cache=False).logits, micro.targets)
         objective = (losses_BS * stage.token_weights(micro)).sum()
         routing = context.take_loss()
         if routing is not None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsmixer.config.schema import Recipe
+from dsmixer.adapters.sources import adapter_folder
+from dsmixer.config.schema import DomainConfig, Recipe
 from dsmixer.data.readers import fetch_source
 from dsmixer.data.store import TokenStore
 from dsmixer.model.load import fetch_base
@@ -16,7 +17,7 @@ from dsmixer.training.world import World, first_on_node, gather_objects, is_firs
 
 
 def fetch_on_nodes(world: World, recipe: Recipe) -> None:
-    """Download the base and the data sets that the recipe names on the hub, once a node.
+    """Download the base, the adapters and the data sets that the recipe names on the hub, once a node.
 
     Afterwards every rank finds them in the node's cache. One process downloads them where it reads them.
 
@@ -29,11 +30,15 @@ def fetch_on_nodes(world: World, recipe: Recipe) -> None:
 
 def _fetch(recipe: Recipe) -> None:
     fetch_base(recipe.base)
+    for expert in recipe.mixer.experts or ():
+        if expert.path is not None:
+            adapter_folder(expert.path)
     data = recipe.data
     for entry in data.domains if data.source is None else (data.source,):
         fetch_source(entry.train, split=entry.split_train, subset=entry.subset)
         if entry.test is not None:
-            fetch_source(entry.test, split=entry.split_test, subset=entry.subset_test or entry.subset)
+            own = entry.subset_test if isinstance(entry, DomainConfig) else None
+            fetch_source(entry.test, split=entry.split_test, subset=own or entry.subset)
     if recipe.stage2.enabled and recipe.stage2.data.source is not None:
         fetch_source(recipe.stage2.data.source)
 

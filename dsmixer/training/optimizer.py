@@ -31,7 +31,8 @@ AT_ONCE = 2**20  # elements that one update makes temporary tensors of, unless a
 class AdamSettings:
     """Betas, eps and decoupled weight decay as in ``torch.optim.AdamW``; ``clip`` bounds the gradient norm
     of each unit (None: no clipping); ``keep`` says how the moments are kept, ``origin_on_host`` where
-    theta(0) of the preserve term is."""
+    theta(0) of the preserve term is, ``router_rows`` the experts whose rows of the routers train (None: all).
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -39,6 +40,7 @@ class AdamSettings:
     clip: float | None = 1.0
     keep: Keep = field(default_factory=Keep)
     origin_on_host: bool = False
+    router_rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class ExpertAdamW(torch.optim.Optimizer):
         """Learn the partitions and make their moments."""
         self._shards = list(shards)
         self._index = {id(shard.weights): i for i, shard in enumerate(shards)}
-        self._spans = [[spans_of(piece, self.layout) for piece in shard.pieces] for shard in shards]
+        rows = self.settings.router_rows
+        self._spans = [[spans_of(piece, self.layout, rows) for piece in shard.pieces] for shard in shards]
         self._stacks = [stacked(span for spans in pieces for span in spans) for pieces in self._spans]
         different = {span.units for pieces in self._spans for spans in pieces for span in spans}
         self._units = {units: torch.tensor(units) for units in different}

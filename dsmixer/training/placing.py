@@ -7,7 +7,6 @@ import os
 import torch
 from torch import nn
 
-from dsmixer.adapters.importing import Pool, check_scales, fill_bank
 from dsmixer.config.ds_json import deepspeed_config
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import LoadedRecipe
@@ -25,6 +24,7 @@ from dsmixer.placement.owners import Slots
 from dsmixer.placement.plan import Plan, make_plan
 from dsmixer.placement.request import Cluster
 from dsmixer.training.planning import PoolFacts, first_stage, plan_request
+from dsmixer.training.starting import Start
 from dsmixer.training.world import World
 
 
@@ -94,30 +94,28 @@ def settle_weights(
     loaded: LoadedRecipe,
     config: MixerConfig,
     placement: Placement,
-    pool: Pool | None,
+    start: Start,
     world: World,
     ds_path: str | None,
 ) -> Settle:
-    """What becomes of each bank and router when it is made: filled from adapters, and cut under ZeRO-3.
+    """What becomes of each bank and router when it is made: filled from what is there, and cut under ZeRO-3.
 
     Args:
         loaded: the recipe, its ZeRO stage decided.
         config: of the mixture.
         placement: of this rank.
-        pool: ready-made adapters among the experts, checked against the base.
+        start: ready-made weights, checked against the base.
         world: the ranks.
         ds_path: a DeepSpeed JSON file from the command line.
     """
     local = [config.experts[expert] for expert in placement.layout.local]
     cut = loaded.recipe.deepspeed.zero_stage == 3
     ds_config = deepspeed_config(loaded, first_stage(loaded), world.size, ds_path)
-    if pool is not None:
-        check_scales(pool, config)
+    start.check(config)
 
     def settle(path: str, module: nn.Module) -> None:
         bank = isinstance(module, ExpertBank)
-        if pool is not None and isinstance(module, ExpertBank):
-            fill_bank(pool, path, module, local)
+        start.fill(path, module, local)
         if cut:
             cut_weights(module, ds_config, experts_over=placement.layout.size if bank else 1)
 

@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsmixer.adapters.importing import Pool, check_paths, read_pool
 from dsmixer.config.checks import check_domain_experts, check_routing
 from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import STAGES, LoadedRecipe
 from dsmixer.config.schema import Recipe
 from dsmixer.data.chat import rendered
+from dsmixer.losses.choice import routing_terms
 from dsmixer.model.load import bare_base, load_tokenizer
 from dsmixer.model.quantized import check_packing_works
+from dsmixer.model.streams import is_encoder_decoder
 from dsmixer.model.targets import find_targets
 from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, load_run_data
 from dsmixer.training.standing import stands_alone
+from dsmixer.training.starting import Start, read_start
 from dsmixer.training.world import once
 
 
@@ -59,6 +61,16 @@ def _check_positions(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
         )
 
 
+def _check_loss(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
+    """Refuse a loss on what an encoder reads."""
+    if loaded.recipe.data.loss == "all" and is_encoder_decoder(bare.config):
+        raise UserError(
+            "the base reads prompts in its encoder, which predicts nothing",
+            where=loaded.where("data.loss"),
+            fix="write completion",
+        )
+
+
 def _check_paged(loaded: LoadedRecipe, device: torch.device) -> None:
     """Refuse paged moments where no driver moves pages."""
     for name in STAGES:
@@ -71,10 +83,8 @@ def _check_paged(loaded: LoadedRecipe, device: torch.device) -> None:
             )
 
 
-def read_inputs(
-    loaded: LoadedRecipe, quarantine: Path | None, device: torch.device
-) -> tuple[RunData, Pool | None]:
-    """Read data and adapters, and hold them and the recipe against the base's structure.
+def read_inputs(loaded: LoadedRecipe, quarantine: Path | None, device: torch.device) -> tuple[RunData, Start]:
+    """Read data and adapters or a mixture, and hold them and the recipe against the base's structure.
 
     Args:
         loaded: the checked recipe.
@@ -88,27 +98,20 @@ def read_inputs(
     recipe = loaded.recipe
     bare = bare_base(recipe.base, packing=recipe.data.packing)
     _check_positions(loaded, bare)
+    _check_loss(loaded, bare)
     targets = [target.path for target in find_targets(bare, recipe.mixer.targets)]
     check_packing_works(recipe.base.quantization, device)
     _check_paged(loaded, device)
-    pool = read_recipe_pool(recipe)
-    if pool is not None:
-        check_paths(pool, bare, targets)
+    start = read_start(recipe, bare, targets)
     data = load_run_data(recipe, quarantine)
     names = data.expert_names(recipe)
     if recipe.data.source is not None:
         check_domain_experts(loaded, [domain.expert for domain in data.domains], names)
     if recipe.stage2.enabled:
         check_routing(loaded, names)
+        routing_terms(recipe.stage2)
     check_conversations(data, load_tokenizer(recipe.base.model, recipe.base.revision))
-    return data, pool
-
-
-def read_recipe_pool(recipe: Recipe) -> Pool | None:
-    """The ready-made adapters that the recipe names as experts."""
-    specs = recipe.mixer.experts or ()
-    folders = {spec.name: spec.path for spec in specs if spec.path is not None}
-    return read_pool(folders) if folders else None
+    return data, start
 
 
 def check_conversations(data: RunData, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,13 +1,14 @@
 """The rows of experts in DeepSpeed's flat partitions, and those of them that a step reached.
 
 A unit is what is clipped and counted together: each expert, over all its projections, and all routers as
-one. U units: E experts, then the routers.
+one. U units: E experts, then the routers. Where only some rows of the routers train, the others are of a unit
+more, which no step reaches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,7 +93,8 @@ class Reached:
 
 def reached_rows(units_X: torch.Tensor, reached_U: torch.Tensor, device: torch.device) -> Reached | None:
     """Which rows of a span of these units a step reached; None where it reached none."""
-    places_N = reached_U[units_X].nonzero().flatten()
+    resting = reached_U.new_zeros(1)
+    places_N = torch.cat((reached_U, resting))[units_X].nonzero().flatten()
     if not len(places_N):
         return None
 
@@ -113,10 +115,19 @@ def _run_or_index(indices: torch.Tensor, device: torch.device) -> slice | torch.
     return indices.to(device)
 
 
-def spans_of(piece: Piece, layout: ExpertLayout) -> list[Span]:
-    """Cut a piece of a bank ``[e, ...]`` at its experts; a router ``[E, D]`` is one row of the last unit."""
+def spans_of(piece: Piece, layout: ExpertLayout, router_rows: Sequence[int] | None = None) -> list[Span]:
+    """Cut a piece of a bank ``[e, ...]`` at its experts; a router ``[E, D]`` is one row of the last unit.
+
+    Args:
+        piece: of a parameter.
+        layout: of the experts.
+        router_rows: the rows of routers that train, by expert; None: all. A router is then cut at its rows,
+            and the others rest.
+    """
     if not is_bank(piece.name):
-        return [Span(piece.flat_start, 1, piece.numel, (layout.num_experts,))]
+        if router_rows is None:
+            return [Span(piece.flat_start, 1, piece.numel, (layout.num_experts,))]
+        return _router_spans(piece, layout, frozenset(router_rows))
     width = math.prod(piece.shape[1:])
     spans, position, left = [], piece.param_start, piece.numel
     start = piece.flat_start
@@ -125,6 +136,19 @@ def spans_of(piece: Piece, layout: ExpertLayout) -> list[Span]:
         count, length = (1, min(width - inside, left)) if inside or left < width else (left // width, width)
         spans.append(Span(start, count, length, layout.local[place : place + count], inside))
         start, position, left = start + count * length, position + count * length, left - count * length
+    return spans
+
+
+def _router_spans(piece: Piece, layout: ExpertLayout, trained: frozenset[int]) -> list[Span]:
+    """A piece of a router ``[E, D]`` cut at its rows; those that do not train are of the resting unit."""
+    width = math.prod(piece.shape[1:])
+    spans, done = [], 0
+    while done < piece.numel:
+        expert, inside = divmod(piece.param_start + done, width)
+        numel = min(width - inside, piece.numel - done)
+        unit = layout.num_experts + (expert not in trained)
+        spans.append(Span(piece.flat_start + done, 1, numel, (unit,)))
+        done += numel
     return spans
 
 

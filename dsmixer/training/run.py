@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dsmixer.adapters.importing import Pool
+from dsmixer.adapters.importing import Pool, base_mismatches
 from dsmixer.checkpoint.atomic import write_json
 from dsmixer.config.batch import check_world
 from dsmixer.config.ds_json import deepspeed_config, with_zero_stage
@@ -203,10 +203,10 @@ def _set_up(
     world, folder = checkpoints.world, checkpoints.folder
     began = time.perf_counter()
     taken = hold_base(checkpoints, taken)
-    data, pool = read_inputs(loaded, folder.quarantine if world.rank == 0 else None, world.device)
+    data, start = read_inputs(loaded, folder.quarantine if world.rank == 0 else None, world.device)
     check_same_data(world, data)
     experts = data.expert_names(recipe)
-    config = mixer_config(recipe, experts, pool)
+    config = mixer_config(recipe, experts, start.pool)
     tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision)
     tokens = {n: stage_data(loaded, n, data, experts, tokenizer, world) for n in _enabled(recipe)}
     check_same_tokens(world, data, tokens)
@@ -218,7 +218,7 @@ def _set_up(
     zero3 = ds_config["zero_optimization"] if plan.zero_stage == 3 else None
     base = load_base(recipe.base, packing=recipe.data.packing, zero3=zero3, device=world.device)
     placement = place_experts(plan, world)
-    settle = settle_weights(planned, config, placement, pool, world, request.ds_path)
+    settle = settle_weights(planned, config, placement, start, world, request.ds_path)
     mixture = attach_mixers(base.model, config, placement, settle)
     _check_saved(checkpoints, taken, mixture)
     taken = hold_base(checkpoints, taken)  # of one that has only now been downloaded
@@ -230,6 +230,8 @@ def _set_up(
     once(world, lambda: write_json(folder.plan, plan.to_dict()))
     if plan.chosen.fits is False:
         _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
+    for line in base_mismatches(start.pool, recipe.base.model) if start.pool is not None else ():
+        _say(world, f"note: {line}")
     _announce(world, data, mixture, counts, plan, time.perf_counter() - began)
     state = RunState(planned, taken, checkpoints, world, mixture, data, stop_request, request.ds_path, lock)
     size = plan.expert_parallel_size
@@ -323,7 +325,7 @@ def _announce(
     _say(
         world,
         f"{len(data.domains)} domains with {examples:,} train examples ({len(data.router_examples):,} more "
-        f"kept for the routers); {len(mixture.expert_names)} experts on {len(mixture.mixers)} projections: "
+        f"for the routers); {len(mixture.expert_names)} experts on {len(mixture.mixers)} projections: "
         f"{counts.experts:,} expert and {counts.routers:,} router weights beside {counts.base:,} of the "
         f"base ({100 * (counts.experts + counts.routers) / total:.3f} % of all); {plan.mode} with ZeRO "
         f"{plan.zero_stage} on {world.size} rank{'s' * (world.size > 1)} ({world.device.type}); ready after "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -90,8 +91,11 @@ class RunState:
             tell_problem(f"warning: {text}")
 
 
-def adam_settings(config: StageConfig) -> AdamSettings:
-    """The optimizer's settings of a stage."""
+def adam_settings(config: StageConfig, experts: Sequence[str] = ()) -> AdamSettings:
+    """The optimizer's settings of a stage, over the experts of these names."""
+    rows = None
+    if isinstance(config, Stage2Config) and config.routers != "all":
+        rows = tuple(experts.index(name) for name in config.routers)
     return AdamSettings(
         config.betas,
         config.eps,
@@ -101,6 +105,7 @@ def adam_settings(config: StageConfig) -> AdamSettings:
             "8bit" if config.optimizer.endswith("8bit") else "float32", config.optimizer.startswith("paged")
         ),
         isinstance(config, Stage2Config) and config.preserve.origin == "host",
+        rows,
     )
 
 
@@ -116,8 +121,8 @@ def make_stage(state: RunState, number: int, data: StageData, usage: torch.Tenso
     """The stage as the loop sees it."""
     recipe, mixture, device = state.loaded.recipe, state.mixture, state.world.device
     num_experts = len(mixture.expert_names)
+    of_domain = state.data.expert_of_domain(mixture.expert_names)
     if number == 1:
-        of_domain = state.data.expert_of_domain(mixture.expert_names)
         place_of = {expert: place for place, expert in enumerate(mixture.placement.layout.local)}
         places = [place_of.get(expert, -1) for expert in of_domain]
         return HardStage(
@@ -128,8 +133,6 @@ def make_stage(state: RunState, number: int, data: StageData, usage: torch.Tenso
             expert_lookup(places, device),
             len(place_of),
         )
-    if usage is None:
-        usage = torch.full((len(mixture.routers), num_experts), 1.0 / num_experts)
     return SoftStage(
         config=recipe.stage2,
         num_steps=data.sampler.num_steps,
@@ -137,7 +140,8 @@ def make_stage(state: RunState, number: int, data: StageData, usage: torch.Tenso
         routing=mixture.config.default_routing(),
         device=device,
         num_domains=len(state.data.domains),
-        usage=usage.to(device),
+        expert_of_domain=expert_lookup(of_domain, device),
+        usage=usage,
     )
 
 
@@ -157,7 +161,8 @@ def run_stage(state: RunState, number: int, data: StageData) -> StageEngine:
         check_fits(saved, mixture, trainable(mixture, config))
         load_weights(mixture, saved)
     ds_config = deepspeed_config(loaded, config, state.world.size, state.ds_path)
-    engine = start_engine(mixture, trainable(mixture, config), adam_settings(config), ds_config)
+    settings = adam_settings(config, mixture.expert_names)
+    engine = start_engine(mixture, trainable(mixture, config), settings, ds_config)
     start, usage = 0, None
     if saved is not None:
         start, usage = _go_on(state, engine, saved, data), saved.small("usage")

@@ -13,10 +13,13 @@ import torch
 
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.data.collate import MicroBatch, StepBatch
-from dsmixer.losses.rsl import RoutingSpecializationLoss, ramp_at
+from dsmixer.losses.choice import routing_terms
+from dsmixer.losses.interface import Extras
+from dsmixer.losses.rsl import ramp_at
 from dsmixer.losses.task import per_expert_weights
+from dsmixer.losses.terms import RoutingTerms
 from dsmixer.model.inject import Mixture
-from dsmixer.routing.context import BatchRouting, RouterLoss
+from dsmixer.routing.context import BatchRouting, RouterLoss, Stream
 from dsmixer.routing.modes import Routing
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 from dsmixer.training.optimizer import StepPlan
@@ -95,8 +98,12 @@ class HardStage:
             assert not len(lost), f"domains {lost.tolist()} on a rank without their experts"
 
     def batch_routing(self, micro: MicroBatch) -> BatchRouting:
-        places_T = self.place_of_domain[micro.domain_ids].flatten()
-        return BatchRouting(expert_ids_T=places_T, num_here=self.num_here)
+        encoder = None if micro.encoder is None else self._of_stream(micro.encoder.domain_ids)
+        return self._of_stream(micro.domain_ids, encoder)
+
+    def _of_stream(self, domain_ids: torch.Tensor, encoder: BatchRouting | None = None) -> BatchRouting:
+        places_T = self.place_of_domain[domain_ids].flatten()
+        return BatchRouting(expert_ids_T=places_T, num_here=self.num_here, encoder=encoder)
 
     def token_weights(self, micro: MicroBatch) -> torch.Tensor | float:
         return per_expert_weights(self.expert_of_domain[micro.domain_ids], self._targets_E)
@@ -117,8 +124,10 @@ class HardStage:
 class SoftStage:
     """Stage two: the routers choose, without labels; experts are frozen or held near their first values.
 
-    The task loss and RSL are means over the step's target and real tokens. RSL takes the usage of the
-    previous step, which ``usage`` keeps.
+    The task loss is a mean over the step's target tokens, each router's own loss one over the real tokens of
+    its stream. The terms of that loss take the usage of the previous step, which ``usage`` ``[N, M, E]``
+    keeps; None: 1/E. ``expert_of_domain``, as ``expert_lookup`` makes it, is for a loss that is told the
+    right expert.
     """
 
     config: Stage2Config
@@ -127,59 +136,79 @@ class SoftStage:
     routing: Routing
     device: torch.device
     num_domains: int
-    usage: torch.Tensor
+    expert_of_domain: torch.Tensor
+    usage: torch.Tensor | None = None
     number: int = 2
+    terms: RoutingTerms = field(init=False)
     _step: int = 0
     _num_targets: int = 0
-    _num_tokens: int = 0
+    _num_tokens: dict[Stream, int] = field(default_factory=dict)
     _usage_before: torch.Tensor | None = None
+    _labels: dict[Stream, torch.Tensor | None] = field(default_factory=dict)
+    _trained_E: torch.Tensor | None = None
 
-    @property
-    def loss(self) -> RoutingSpecializationLoss:
-        rsl = self.config.rsl
-        return RoutingSpecializationLoss(
-            alpha=rsl.alpha,
-            entropy_weight=rsl.entropy_weight,
-            entropy=rsl.entropy,
-            usage=rsl.usage,
-            usage_from=rsl.usage_from,
-            smooth_temperature=rsl.smooth_temperature,
-        )
+    def __post_init__(self) -> None:
+        self.terms = routing_terms(self.config)
+        shape = (len(self.mixture.routers), len(self.mixture.expert_names))
+        if self.usage is None:
+            self.usage = self.terms.first_usage(*shape)
+        # that of one term has been saved without N
+        self.usage = self.usage.view(len(self.terms.terms), *shape).to(self.device)
+        if self.config.routers != "all":
+            trained = [name in self.config.routers for name in self.mixture.expert_names]
+            self._trained_E = torch.tensor(trained, device=self.device)
 
     def start_step(self, step: int, batch: StepBatch) -> RoutingStatistics | None:
         self._step = step
         self._num_targets = max(1, int(batch.target_tokens.sum()))
-        self._num_tokens = max(1, batch.real_tokens)
-        smooth = self.config.rsl.usage == "smooth"
+        of_streams: dict[Stream, int]
+        of_streams = {"decoder": batch.real_tokens - batch.encoder_tokens, "encoder": batch.encoder_tokens}
+        self._num_tokens = {stream: max(1, count) for stream, count in of_streams.items()}
         return RoutingStatistics(
             num_routers=len(self.mixture.routers),
             num_experts=len(self.mixture.expert_names),
             num_domains=self.num_domains,
             device=self.device,
-            smooth_temperature=self.config.rsl.smooth_temperature if smooth else None,
+            smooth_temperature=self.terms.smooth_temperature,
         )
 
     def batch_routing(self, micro: MicroBatch) -> BatchRouting:
-        domains_T = micro.domain_ids.flatten()
+        encoder = None if micro.encoder is None else self._of_stream(micro.encoder.domain_ids)
+        routing = self._of_stream(micro.domain_ids, encoder)
+        if "labels_T" in self.terms.needs:
+            self._labels = {"decoder": self._label(routing), "encoder": self._label(encoder)}
+        return routing
+
+    def _label(self, routing: BatchRouting | None) -> torch.Tensor | None:
+        known_T = None if routing is None else routing.domains_T
+        return None if known_T is None else self.expert_of_domain[known_T]
+
+    def _of_stream(self, domain_ids: torch.Tensor, encoder: BatchRouting | None = None) -> BatchRouting:
+        domains_T = domain_ids.flatten()
         # examples from a source of the routers' own are real, yet of no domain
         known_T = domains_T.masked_fill(domains_T >= self.num_domains, -1)
-        return BatchRouting(mask_T=(domains_T >= 0).float(), domains_T=known_T)
+        return BatchRouting(mask_T=(domains_T >= 0).float(), domains_T=known_T, encoder=encoder)
 
     def token_weights(self, micro: MicroBatch) -> torch.Tensor | float:
         return 1.0 / self._num_targets
 
     def router_loss(self) -> tuple[RouterLoss | None, float]:
         ramp = ramp_at(self._step, self.num_steps, self.config.rsl.ramp)
-        loss, usage = self.loss, self.usage
+        terms, usage_NME, streams = self.terms, self.usage, self.mixture.streams
+        assert usage_NME is not None
+        # the sum over routers is divided by the decoder's tokens: what makes a sum of the encoder's a mean
+        share = self._num_tokens["decoder"] / self._num_tokens["encoder"]
 
         def per_router(output: RouterOutput, index: int) -> torch.Tensor:
-            return loss(output, usage[index], ramp)
+            extras = Extras(labels_T=self._labels.get(streams[index]), trained_E=self._trained_E)
+            found = terms(output, usage_NME[:, index], ramp, extras)
+            return found if streams[index] == "decoder" else found * share
 
-        return per_router, 1.0 / (self._num_tokens * len(self.mixture.routers))
+        return per_router, 1.0 / (self._num_tokens["decoder"] * len(self.mixture.routers))
 
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         assert statistics is not None
-        self._usage_before, self.usage = self.usage, statistics.usage(self.config.rsl.usage).clone()
+        self._usage_before, self.usage = self.usage, self.terms.next_usage(statistics).clone()
         rate = _rates(self.config, step, self.num_steps)
         router_peak = self.config.router_learning_rate or self.config.learning_rate
         reached_E = statistics.chosen_ME.sum(0).cpu() > 0

@@ -331,7 +331,7 @@ def make_stage(case: str, mixture: Mixture) -> Stage:
         routing=mixture.config.default_routing(),
         device=device,
         num_domains=num_experts,
-        usage=torch.full((len(mixture.routers), num_experts), 1.0 / num_experts),
+        expert_of_domain=expert_lookup(range(num_experts), device),
     )
 
 

@@ -163,7 +163,7 @@ def make_stage(config: StageConfig, mixture: Mixture, device: torch.device) -> S
         routing=mixture.config.default_routing(),
         device=device,
         num_domains=num_experts,
-        usage=torch.full((len(mixture.routers), num_experts), 1.0 / num_experts, device=device),
+        expert_of_domain=expert_lookup(range(num_experts), device),
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from support.tiny import STATE_SPACE
+
 LONG = os.environ.get("DSMIXER_LONG") == "1"
 """Whether the whole matrix runs: minutes more, by hand."""
 
@@ -25,8 +27,9 @@ IDLE_EXPERTS = [f"{domain}{i}" for domain in ("sums", "words", "rare") for i in 
 @dataclass(frozen=True)
 class Case:
     """One run: see ``driver_runs.py``. ``commands``: the stages of each call of ``train``, one after another.
-    ``kind``: ``llama``, ``gpt2``, ``llama24`` with 24 domains and experts, or ``uneven6`` and ``uneven5``
-    with so many, the first of which is larger than all others together."""
+    ``kind``: ``llama``, ``gpt2``, ``t5``, ``flan``, one of ``support.tiny.STATE_SPACE``, ``llama24`` with 24
+    domains and experts, or ``uneven6`` and ``uneven5`` with so many, the first of which is larger than all
+    others together."""
 
     name: str
     ranks: int
@@ -127,10 +130,81 @@ def _short() -> Iterator[Case]:
     for fault in DISK_FAULTS:
         yield Case(fault, 2, (zero(2),), options={"fault": fault, "fails": fault == "full_at_the_end"})
     yield from _low_memory()
+    yield from _encoder_decoder()
+    yield from _state_space()
+    yield from _routing_losses()
     yield Case("hard_oracle", 2, (zero(2), *HARD_ORACLE))
     yield Case("hard_oracle_nf4", 2, (zero(2), *HARD_ORACLE, "base.quantization=nf4"))
     yield Case("hard_oracle_gpt2", 2, (zero(1), *HARD_ORACLE), kind="gpt2", commands=((1,),))
     yield Case("soft_oracle", 2, (zero(2), *SOFT_ORACLE))
+
+
+TERMS = (
+    "stage2.routing_loss=[{loss: switch}, {loss: z}, {loss: quadratic}, {loss: tsallis}, "
+    "{loss: mutual_information, settings: {weight: 0.1}}, {loss: gmoe_normal, settings: {weight: 0.1}}, "
+    "{loss: mole, settings: {alpha: 0.05}}, {loss: supervised_gate, settings: {weight: 0.5}}]"
+)
+
+
+def _routing_losses() -> Iterator[Case]:
+    """Losses of all kinds at once, each with its own usage of the step before."""
+    spread = Layout(2, "tokens", 2, 2)
+    yield Case("terms_one", 1, (zero(1), TERMS))
+    yield Case("terms_spread", 2, (*spread.overrides, TERMS))
+    yield Case("terms_stopped", 2, (*spread.overrides, TERMS), options={"stop_at": [[2, 3]]})
+
+
+def _encoder_decoder() -> Iterator[Case]:
+    """T5, its embedding tied to its head, and Flan-T5's shape; all of them on two ranks, in one launch."""
+    for layout in SIDES_SHORT:
+        options = {"finish": layout.mode != "replicate" or layout.zero_stage == 2}
+        overrides = (*both(max_steps=4), UNPACKED, *layout.overrides)
+        if layout.zero_stage == 3:
+            overrides = (*overrides, f"deepspeed.config={SMALL_GATHERS}")
+        yield Case(f"t5_{layout.name}", 2, overrides, kind="t5", options=options)
+    one, spread, cut = SIDES_SHORT[0], Layout(2, "tokens", 1, 2), Layout(2, "weights", 3)
+    few = (*both(max_steps=3), UNPACKED)
+    for layout in (one, spread):
+        overrides = (*few, *layout.overrides, "mixer.router=per_block", CHECKPOINTED)
+        yield Case(f"t5_block_{layout.name}", 2, overrides, kind="t5")
+    for layout in (one, cut):
+        packed = (*few, *layout.overrides, "base.quantization=nf4")
+        yield Case(f"flan_nf4_{layout.name}", 2, packed, kind="flan")
+    imported = (*few, *cut.overrides, "stage1.enabled=false", "stage2.experts=frozen")
+    source = {"adapters": f"t5_{one.name}", "finish": True}
+    yield Case("t5_imported", 2, imported, kind="t5", options=source)
+    yield Case("hard_oracle_t5", 2, (zero(2), *HARD_ORACLE, UNPACKED), kind="t5", commands=((1,),))
+    yield Case("soft_oracle_flan", 2, (zero(2), *SOFT_ORACLE, UNPACKED), kind="flan")
+
+
+def state_space_layouts(kind: str) -> list[Layout]:
+    """Where each kind is trained on two ranks; all are compared with the first, which oracles hold."""
+    first = [Layout(2, "replicate", 2), Layout(2, "weights", 3), Layout(2, "tokens", 1, 2)]
+    return [*first, Layout(2, "tokens", 3, 2)] if kind == "falcon_mamba" else first
+
+
+def four_bit_scans() -> list[str]:
+    """Kinds that are trained in 4 bits too."""
+    return list(STATE_SPACE) if LONG else ["falcon_mamba"]
+
+
+def _state_space() -> Iterator[Case]:
+    """Mamba, Falcon-Mamba and Mamba-2; weights cut by ZeRO-3 however small they are; layers run again,
+    in runs that a signal stops in both stages."""
+    few = (*both(max_steps=4), UNPACKED, "stage1.clip=1.3", "stage2.router_learning_rate=0.01")
+    small = f"deepspeed.config={SMALL_GATHERS}"
+    for kind in STATE_SPACE:
+        for layout in state_space_layouts(kind):
+            own = {1: (CHECKPOINTED,), 2: EVERY_STEP, 3: (small,)}[layout.zero_stage]
+            options: dict[str, Any] = {"finish": layout.mode == "weights"}
+            if layout.mode == "tokens" and layout.zero_stage == 1:
+                options = {"stop_at": [[1, 2], [2, 3]]}
+            yield Case(f"{kind}_{layout.name}", 2, (*few, *own, *layout.overrides), kind, options=options)
+    for kind in four_bit_scans():
+        for layout in (Layout(2, "replicate", 2), Layout(2, "weights", 3)):
+            own = (small,) if layout.zero_stage == 3 else ()
+            overrides = (*few, *layout.overrides, *own, "base.quantization=nf4")
+            yield Case(f"{kind}_nf4_{layout.name}", 2, overrides, kind)
 
 
 EIGHT_BIT = both(optimizer="adamw_8bit")
@@ -157,6 +231,13 @@ def placed(layout: Layout, experts: str = "preserve", num_experts: int = 6) -> C
     return Case(f"{layout.name}_{experts}{num_experts}", layout.ranks, overrides, kind=f"uneven{num_experts}")
 
 
+SIDES_SHORT = [
+    Layout(2, "replicate", 2),
+    Layout(2, "weights", 3),
+    Layout(2, "tokens", 1, 2),
+    *((Layout(2, "replicate", 0), Layout(2, "tokens", 3, 2)) if LONG else ()),
+]
+"""Of the encoder-decoder runs; all are compared with the first, which the oracles hold to plain training."""
 FOUR_BIT_SHORT = [
     *(Layout(1, mode, stage) for mode, stage in (("replicate", 0), ("weights", 3))),
     *(Layout(2, "replicate", stage) for stage in (0, 1, 2)),

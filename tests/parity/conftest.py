@@ -11,8 +11,9 @@ from parity.cases import COPIES, LONG, Case, all_cases
 from support.comparing import RunRecord, Tensors
 from support.launching import Launched, launch
 from support.oracles import mixture_of_recipe
-from support.tiny import UNEVEN_SIZES, write_recipe
+from support.tiny import STATE_SPACE, UNEVEN_SIZES, write_recipe
 
+SIDES = ("t5", "flan")
 DRIVER = Path(__file__).with_name("driver_runs.py")
 
 
@@ -24,12 +25,12 @@ class Runs:
         self._cases = {case.name: case for case in all_cases()}
         self._recipes = {
             "llama": write_recipe(folder / "llama"),
-            "gpt2": write_recipe(folder / "gpt2", "gpt2"),
+            **{kind: write_recipe(folder / kind, kind) for kind in ("gpt2", *SIDES, *STATE_SPACE)},
             "llama24": write_recipe(folder / "llama24", copies=COPIES),
             "uneven6": write_recipe(folder / "uneven6", sizes=UNEVEN_SIZES),
             "uneven5": write_recipe(folder / "uneven5", sizes=dict(list(UNEVEN_SIZES.items())[:5])),
         }
-        self._launched: dict[tuple[int, bool], Launched] = {}
+        self._launched: dict[tuple[int, str], Launched] = {}
 
     def __getitem__(self, name: str) -> RunRecord:
         case = self._cases[name]
@@ -55,13 +56,17 @@ class Runs:
         case = self._cases[name]
         return self._recipes[case.kind], case.overrides
 
+    def kind(self, name: str) -> str:
+        """Of the base of a run."""
+        return self._cases[name].kind
+
     def start(self, name: str) -> Tensors:
         """Experts and routers of a run before stage one."""
         mixture = mixture_of_recipe(*self.recipe(name))
         named = [*mixture.expert_parameters(), *mixture.router_parameters()]
         return {key: parameter.detach().clone() for key, parameter in named}
 
-    def _launch(self, key: tuple[int, bool]) -> Launched:
+    def _launch(self, key: tuple[int, str]) -> Launched:
         calls = [
             {**asdict(case), **case.options, "recipe": str(self._recipes[case.kind]), "stages": stages}
             for case in self._cases.values()
@@ -73,9 +78,14 @@ class Runs:
         return launch(DRIVER, [str(path)], ranks=key[0])
 
 
-def _launch_of(case: Case) -> tuple[int, bool]:
-    """Runs with the same key share a launch; of the long form, those of ``test_placement`` have their own."""
-    return case.ranks, LONG and case.kind.startswith("uneven")
+def _launch_of(case: Case) -> tuple[int, str]:
+    """Runs with the same key share a launch; those of encoder-decoder and of state-space models, and of
+    the long form those of ``test_placement``, have their own."""
+    if case.kind in SIDES:
+        return case.ranks, "sides"
+    if case.kind in STATE_SPACE:
+        return case.ranks, "state_space"
+    return case.ranks, "placement" if LONG and case.kind.startswith("uneven") else ""
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def serve_model(folder: Path, name: str) -> Iterator[tuple[str, list[str]]]:
         The address for ``HF_ENDPOINT``, and the names of the files that were downloaded, in order.
     """
     downloaded: list[str] = []
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -45,8 +45,14 @@ def serve_model(folder: Path, name: str) -> Iterator[tuple[str, list[str]]]:
                     for file in files
                 ]
                 content, kind = json.dumps(tree).encode(), None
-            elif path.startswith(f"/{name}/resolve/") and (kind := path.rsplit("/", 1)[1]) in files:
+            elif path.startswith(f"/{name}/resolve/") and (kind := path.split("/", 5)[5]) in files:
                 content = (folder / kind).read_bytes()
+            elif path.startswith(f"/{name}/resolve/"):
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             else:
                 self.send_error(404)
                 return

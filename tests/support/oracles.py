@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from dsmixer.config.recipe import LoadedRecipe, load_recipe
 from dsmixer.config.schema import BaseConfig
@@ -33,6 +33,7 @@ from support.comparing import Tensors
 PEFT_TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "gpt2": ["c_attn", "attn.c_proj"],
+    "t5": ["q", "k", "v", "o"],
 }
 
 
@@ -47,8 +48,10 @@ def mixture_of_recipe(recipe: Path, overrides: Sequence[str]) -> Mixture:
 def plain_base(base: BaseConfig) -> Any:
     """A base as transformers and bitsandbytes load it, without anything of this package."""
     dtype = getattr(torch, base.dtype)
+    encoder = AutoConfig.from_pretrained(base.model).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
     if base.quantization == "none":
-        return AutoModelForCausalLM.from_pretrained(base.model, dtype=dtype)
+        return auto_class.from_pretrained(base.model, dtype=dtype)
     packing = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=base.quantization,
@@ -56,7 +59,7 @@ def plain_base(base: BaseConfig) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(base.model, dtype=dtype, quantization_config=packing)
+    return auto_class.from_pretrained(base.model, dtype=dtype, quantization_config=packing)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,18 @@ def cosine_rate(peak: float, step: int, num_steps: int, warmup_ratio: float) -> 
     return peak * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
 
 
+def inputs_of(model: Any, ids_1S: torch.Tensor, first_target: int) -> dict[str, torch.Tensor]:
+    """One example as the forward pass takes it: what an encoder reads and what its decoder is to write, or
+    one text."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids_1S}
+    return {"input_ids": ids_1S[:, :first_target], "labels": ids_1S[:, first_target:]}
+
+
 def summed_loss(logits_1SV: torch.Tensor, ids_1S: torch.Tensor, first_target: int) -> torch.Tensor:
     """Cross-entropy of one example, summed over its targets."""
+    if logits_1SV.shape[1] < ids_1S.shape[1]:  # a decoder's, which shifts labels by itself
+        return functional.cross_entropy(logits_1SV[0], ids_1S[0, first_target:], reduction="sum")
     return functional.cross_entropy(
         logits_1SV[0, first_target - 1 : -1], ids_1S[0, first_target:], reduction="sum"
     )
@@ -159,7 +172,8 @@ class PeftExperts:
             targets[domain] += ids.shape[1] - first
         total = 0.0
         for domain, ids, first in examples:
-            loss = summed_loss(self.models[domain](input_ids=ids).logits, ids, first)
+            model = self.models[domain]
+            loss = summed_loss(model(**inputs_of(model, ids, first)).logits, ids, first)
             (loss / targets[domain]).backward()
             total += loss.item()
         rate = cosine_rate(self.config.learning_rate, step, len(self.steps), self.config.warmup_ratio)
@@ -236,10 +250,12 @@ class PlainStageTwo:
         self._logits.clear()
         weights = {name: torch.stack([e[name] for e in self.experts]) for name in self.experts[0]}
         routing = Routing(mode="topk", top_k=self.config.top_k)
+        model = self.mixture.model
         losses, targets, tokens = [], 0, 0
         with self.mixture.context.routed(routing):
             for _, ids, first in examples:
-                out = functional_call(self.mixture.model, {**weights, **self.routers}, (), {"input_ids": ids})
+                given = inputs_of(model, ids, first)
+                out = functional_call(model, {**weights, **self.routers}, (), given)
                 losses.append(summed_loss(out.logits, ids, first))
                 targets, tokens = targets + ids.shape[1] - first, tokens + ids.shape[1]
         return torch.stack(losses).sum() / targets, tokens
@@ -251,7 +267,7 @@ class PlainStageTwo:
         losses, entropies, usage = [], [], []
         for index in range(len(self.routers)):
             p_TE = torch.cat(self._logits[index]).softmax(1)
-            assert p_TE.shape[0] == tokens
+            assert p_TE.shape[0] == tokens or self.mixture.model.config.is_encoder_decoder
             entropy = -(p_TE * p_TE.log()).sum(1).mean()
             balance = (p_TE.mean(0) * self.usage[index]).sum()
             losses.append(ramp * (rsl.alpha * balance + rsl.entropy_weight * entropy))

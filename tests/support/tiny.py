@@ -9,10 +9,51 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    FalconMambaConfig,
+    GPT2Config,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _t5(**kind: Any) -> T5Config:
+    """Without dropout of its own, which would differ from layout to layout."""
+    return T5Config(
+        vocab_size=260,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=32,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+        **kind,
+    )
+
+
+_STATE_SPACE: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    **SPECIAL,
+}
 
 # initializer_range: inputs of every projection are of size one, so that router_std 0.2 makes logits of std 1
 CONFIGS: dict[str, Any] = {
@@ -39,7 +80,19 @@ CONFIGS: dict[str, Any] = {
         attn_pdrop=0.0,
         **SPECIAL,
     ),
+    # the first T5, its head tied to the embedding; T5 1.1 and Flan-T5, gated and with a head of their own
+    "t5": lambda: _t5(),
+    "flan": lambda: _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mamba": lambda: MambaConfig(**_STATE_SPACE, time_step_rank=4),
+    "falcon_mamba": lambda: FalconMambaConfig(**_STATE_SPACE, time_step_rank=4),
+    "mamba2": lambda: Mamba2Config(**_STATE_SPACE, num_heads=8, head_dim=8, n_groups=2, chunk_size=16),
 }
+STATE_SPACE = {
+    "mamba": ["in", "x", "dt", "out"],
+    "falcon_mamba": ["in", "x", "dt", "out"],
+    "mamba2": ["in", "out"],
+}
+"""The projections of each kind of state-space model, which recipes name as targets."""
 WORDS = "the a red blue small tall cat dog tree house runs sleeps sings and but under over quickly".split()
 SIZES = {"sums": 40, "words": 24, "rare": 5}
 """Training examples of the domains; the last one is so small that steps go by without it."""
@@ -48,18 +101,22 @@ SIZES = {"sums": 40, "words": 24, "rare": 5}
 def write_base(folder: Path, kind: str = "llama") -> Path:
     """A model of random weights with its tokenizer, as transformers saves them."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    config = CONFIGS[kind]()
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_class.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    byte_tokenizer(ends=config.is_encoder_decoder).save_pretrained(folder)
     return folder
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
+def byte_tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte; ``ends``: a text is closed by the end token, as T5's tokenizer does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if ends:
+        backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
@@ -91,6 +148,10 @@ def _record(domain: str, draw: random.Random) -> dict[str, str]:
     return {"prompt": f"reverse {words[0]} ", "completion": words[0][::-1]}
 
 
+def _targets(kind: str) -> dict[str, Any]:
+    return {"targets": STATE_SPACE[kind]} if kind in STATE_SPACE else {}
+
+
 def write_recipe(folder: Path, kind: str = "llama", copies: int = 1, sizes: dict[str, int] = SIZES) -> Path:
     """``folder/recipe.yaml``: both stages, six steps each, clipping at work, wide routers.
 
@@ -117,7 +178,7 @@ def write_recipe(folder: Path, kind: str = "llama", copies: int = 1, sizes: dict
                 for name in ([f"{file}{i}" for i in range(copies)] if copies > 1 else [file])
             ],
         },
-        "mixer": {"rank": 4, "alpha": 8, "dropout": 0.0, "router_std": 0.2},
+        "mixer": {"rank": 4, "alpha": 8, "dropout": 0.0, "router_std": 0.2, **_targets(kind)},
         "stage1": {**stage},
         "stage2": {
             **stage,

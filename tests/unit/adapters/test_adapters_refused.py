@@ -17,9 +17,9 @@ from dsmixer.config.errors import UserError
 def adapter(load_base, tmp_path):
     """A sound adapter on q and v, to be spoiled."""
 
-    def make(**options):
+    def make(kind="llama", **options):
         settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
-        model = peft.get_peft_model(load_base("llama"), peft.LoraConfig(**settings))
+        model = peft.get_peft_model(load_base(kind), peft.LoraConfig(**settings))
         model.save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter"
 
@@ -36,8 +36,8 @@ def edit_weights(folder, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def refused(load_base, folder, *reasons, **options):
-    model = load_base("llama")
+def refused(load_base, folder, *reasons, kind="llama", **options):
+    model = load_base(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as caught:
         import_adapters(model, {"law": folder}, **options)
@@ -51,23 +51,38 @@ def refused(load_base, folder, *reasons, **options):
     ("options", "reason"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "biases"),
-        ({"bias": "all"}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "replaces whole modules"),
-        ({"lora_bias": True}, "lora_B has a bias"),
         ({"trainable_token_indices": [3, 4]}, "token embeddings"),
         ({"init_lora_weights": "pissa"}, "'pissa' changed the base"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "is no lora_A or lora_B of a projection"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on an embedding"),
     ],
 )
-def test_lora_that_is_not_plain_is_refused(options, reason, adapter, load_base):
+def test_lora_that_is_no_sum_of_low_rank_is_refused(options, reason, adapter, load_base):
     refused(load_base, adapter(**options), reason)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_were_trained_are_refused(bias, adapter, load_base):
+    folder = adapter("gpt2", bias=bias, target_modules=["c_attn"])
+    refused(load_base, folder, "c_attn", "is a trained bias", kind="gpt2")
+
+
+def test_a_bias_of_lora_b_is_refused(adapter, load_base):
+    folder = adapter(lora_bias=True)
+    edit_weights(folder, lambda t: {k: torch.ones_like(v) if "bias" in k else v for k, v in t.items()})
+    refused(load_base, folder, "lora_B.bias adds a constant")
+
+
+def test_whole_weights_of_the_base_beside_the_adapter_are_refused(adapter, load_base):
+    folder = adapter(target_modules=["q_proj", "lm_head"])
+    refused(load_base, folder, "lm_head.base_layer.weight is a whole weight", "save_embedding_layers=False")
 
 
 def test_other_peft_methods_are_refused(load_base, tmp_path):
     config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     peft.get_peft_model(load_base("llama"), config).save_pretrained(tmp_path)
-    refused(load_base, tmp_path, "'IA3', and only LORA")
+    refused(load_base, tmp_path, "'IA3', and only LORA and ADALORA")
 
 
 def test_keys_beyond_the_mixtures_targets_are_refused(adapter, load_base):
@@ -171,11 +186,10 @@ def test_a_broken_configuration_is_refused(text, adapter, load_base):
     refused(load_base, folder, "adapter_config.json")
 
 
-def test_a_pickle_is_refused_unread(adapter, load_base):
+def test_a_folder_without_weights_is_refused(adapter, load_base):
     folder = adapter()
     (folder / "adapter_model.safetensors").unlink()
-    torch.save({}, folder / "adapter_model.bin")
-    refused(load_base, folder, "adapter_model.bin, a pickle")
+    refused(load_base, folder, "neither adapter_model.safetensors nor adapter_model.bin")
 
 
 def test_a_missing_folder_is_told(load_base, tmp_path):

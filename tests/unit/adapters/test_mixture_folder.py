@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import dsmixer
@@ -247,9 +248,39 @@ def test_the_public_names_load_on_first_use():
     code = (
         "import sys, dsmixer; assert 'torch' not in sys.modules; "
         "from dsmixer import *; import torch; "
-        "print(all(callable(getattr(dsmixer, name)) for name in dsmixer.__all__))"
+        "print(all(getattr(dsmixer, name) is not None for name in dsmixer.__all__))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True" and dsmixer.__version__ == "0.1.0"
     with pytest.raises(AttributeError, match="no attribute 'telepathy'"):
         dsmixer.telepathy  # noqa: B018
+
+
+def test_an_exported_expert_has_no_projection_that_it_never_had(make_mixture, load_base, token_ids, tmp_path):
+    mixture = make_mixture("llama")
+    silent = [f"model.layers.{layer}.self_attn.{name}" for layer, name in ((0, "q_proj"), (1, "o_proj"))]
+    with torch.no_grad():
+        for path in silent:
+            mixture.mixers[path].bank.lora_A[0].zero_()
+            mixture.mixers[path].bank.lora_B[0].zero_()
+    save_mixture(mixture, tmp_path / "m", base="org/tiny")
+    keys = load_file(tmp_path / "m" / "experts" / "law" / "adapter_model.safetensors")
+    assert len(keys) == 2 * (len(mixture.mixers) - 2) and not [
+        key for key in keys if any(s in key for s in silent)
+    ]
+    whole = load_file(tmp_path / "m" / "experts" / "chess" / "adapter_model.safetensors")
+    assert len(whole) == 2 * len(mixture.mixers)
+    # PEFT finds its targets there, and no more of them
+    model = PeftModel.from_pretrained(load_base("llama"), tmp_path / "m" / "experts" / "law").eval()
+    assert len([name for name, _ in model.named_parameters() if "lora_" in name]) == len(keys)
+    with torch.no_grad(), route_to(mixture.model, "law"):
+        want = mixture.model(token_ids).logits
+        torch.testing.assert_close(model(token_ids).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_lie_beside_the_card(make_mixture, tmp_path):
+    facts = {"pictures": {"routing.png": b"\x89PNG"}, "license": "mit"}
+    save_mixture(make_mixture("llama"), tmp_path / "m", facts=facts)
+    assert (tmp_path / "m" / "routing.png").read_bytes() == b"\x89PNG"
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "](routing.png)" in card and "license: mit" in card

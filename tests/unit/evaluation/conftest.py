@@ -50,6 +50,12 @@ def stirred(mixture):
 
 
 @pytest.fixture
+def stir():
+    """Gives a mixture weights far from zero."""
+    return stirred
+
+
+@pytest.fixture
 def make_mixture():
     """A mixture on a tiny Llama from the fields of a ``MixerConfig``."""
     return lambda **options: stirred(attach_mixers(tiny_llama(), MixerConfig(**options)))

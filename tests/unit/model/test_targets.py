@@ -117,6 +117,74 @@ def test_a_convolution_like_projection_outside_attention_is_no_o(tiny: TinyModel
     assert all(".attn." in t.path for t in find_targets(tiny("gpt2"), ["q", "k", "v", "o"]))
 
 
+# model type -> (one layer's prefix, name -> roles) of state space and feed-forward, by reading the classes
+MAMBA = {"in_proj": ("in",), "x_proj": ("x",), "dt_proj": ("dt",), "out_proj": ("out",)}
+GATED = {"gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",)}
+OTHER_ROLES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "mamba": ("backbone.layers.0.mixer.", MAMBA),
+    "falcon_mamba": ("backbone.layers.0.mixer.", MAMBA),
+    "mamba2": ("backbone.layers.0.mixer.", {"in_proj": ("in",), "out_proj": ("out",)}),
+    "llama": ("model.layers.0.mlp.", GATED),
+    "qwen3": ("model.layers.0.mlp.", GATED),
+    "phi3": ("model.layers.0.mlp.", {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}),
+    "gpt_neox": ("gpt_neox.layers.0.mlp.", {"dense_h_to_4h": ("up",), "dense_4h_to_h": ("down",)}),
+    "gpt2": ("transformer.h.0.mlp.", {"c_fc": ("up",), "c_proj": ("down",)}),
+    "opt": ("model.decoder.layers.0.", {"fc1": ("up",), "fc2": ("down",)}),
+    "mpt": ("transformer.blocks.0.ffn.", {"up_proj": ("up",), "down_proj": ("down",)}),
+    "codegen": ("transformer.h.0.mlp.", {"fc_in": ("up",), "fc_out": ("down",)}),
+    "t5": ("encoder.block.0.layer.1.DenseReluDense.", {"wi": ("up",), "wo": ("down",)}),
+    "mt5": (
+        "decoder.block.0.layer.2.DenseReluDense.",
+        {"wi_0": ("gate",), "wi_1": ("up",), "wo": ("down",)},
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_ROLES)
+def test_state_space_and_feed_forward_roles_are_found_in_every_layer(
+    tiny: TinyModel, model_type: str
+) -> None:
+    prefix, layer = OTHER_ROLES[model_type]
+    roles = {role for played in layer.values() for role in played}
+    found = find_targets(tiny(model_type), sorted(roles))
+    first = {t.path.removeprefix(prefix): t.roles for t in found if t.path.startswith(prefix)}
+    assert first == layer
+    stacks = 2 if model_type in ("t5", "mt5") else 1
+    assert len(found) == 2 * stacks * len(layer), "two layers a stack, and nothing else"
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5"])
+def test_encoder_decoders_have_q_k_v_o_in_all_three_attentions(tiny: TinyModel, model_type: str) -> None:
+    model = tiny(model_type)
+    found = find_targets(model, ["q", "k", "v", "o"])
+    places = {(t.path.split(".")[0], *t.path.rsplit(".", 2)[-2:]) for t in found}
+    attentions = [("encoder", "SelfAttention"), ("decoder", "SelfAttention"), ("decoder", "EncDecAttention")]
+    assert places == {(*place, role) for place in attentions for role in "qkvo"}
+    assert len(found) == 2 * 3 * 4 and all(t.roles == (t.path[-1],) for t in found)
+    cross = {t.path[-1]: t.block for t in found if "EncDec" in t.path and "block.0" in t.path}
+    assert cross["k"] == cross["v"] and len({cross["q"], cross["k"], cross["o"]}) == 3
+
+
+def test_a_part_of_a_fused_gate_and_up_is_refused(tiny: TinyModel) -> None:
+    with pytest.raises(UserError, match="fused projection for gate, up, and only up") as caught:
+        find_targets(tiny("phi3"), ["up", "down"])
+    assert "name all of gate, up" in str(caught.value)
+
+
+def test_a_role_of_another_kind_of_model_lists_the_roles_that_are_there(tiny: TinyModel) -> None:
+    with pytest.raises(UserError, match="target q matches no projection") as caught:
+        find_targets(tiny("falcon_mamba"), ["q", "in"])
+    assert "choose from the roles in, x, dt, out and the linear layers dt_proj, in_proj" in str(caught.value)
+
+
+def test_gate_and_up_share_a_block_and_state_space_projections_share_none(tiny: TinyModel) -> None:
+    llama = {t.roles[0]: t for t in find_targets(tiny("llama"), ["gate", "up", "down"])[:3]}
+    assert llama["gate"].block == llama["up"].block != llama["down"].block
+    assert llama["gate"].shares_input and not llama["down"].shares_input
+    mamba = find_targets(tiny("mamba"), ["in", "x", "dt", "out"])
+    assert len({t.block for t in mamba}) == len(mamba) and not any(t.shares_input for t in mamba)
+
+
 def test_projections_of_one_attention_share_a_block_and_o_has_its_own(tiny: TinyModel) -> None:
     blocks = {
         t.path.rsplit(".", 1)[1]: t.block for t in find_targets(tiny("llama"), ["q", "k", "v", "o"])[:4]

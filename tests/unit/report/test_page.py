@@ -250,6 +250,8 @@ def test_gain_map_holds_nats_and_shares_and_folds_experts_that_were_not_crossed(
 def test_routers_are_grouped_by_the_layer_in_their_path(make_run):
     assert layer_of("model.layers.12.self_attn.q_proj") == "layer 12"
     assert layer_of("transformer.h.0.attn.c_attn") == "layer 0"
+    assert layer_of("decoder.block.3.layer.1.EncDecAttention.k") == "decoder layer 3"
+    assert layer_of("model.decoder.layers.3.self_attn.q_proj") == "layer 3"
     assert layer_of("lm_head") == "lm_head"
     routing = read_run(make_run()).routing
     names, own_LG = by_layer(routing, routing.own_first)

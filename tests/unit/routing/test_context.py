@@ -111,6 +111,26 @@ def test_hard_routing_follows_the_batchs_expert_ids() -> None:
     assert torch.equal(gate_TE, expected)
 
 
+def test_each_stream_of_tokens_has_its_own_ids_and_mask() -> None:
+    """The encoder's five and the decoder's three, in turns, as layers that are run again would ask."""
+    context, router = make()
+    read, written = torch.tensor([3, -1, 0, 2, 2]), torch.tensor([1, 1, -1])
+    batch = BatchRouting(expert_ids_T=written, encoder=BatchRouting(expert_ids_T=read))
+    with context.routed(Routing(mode="hard")), context.recording(batch):
+        for _ in range(2):
+            for stream, ids in (("encoder", read), ("decoder", written)):
+                gate_TE = context.assign(router, 0, tokens(len(ids)), stream=stream).as_gate()
+                chosen = torch.where(gate_TE.sum(1) > 0, gate_TE.argmax(1), -1)
+                assert torch.equal(chosen, ids)
+    statistics = RoutingStatistics(2, 4)
+    masks = {"encoder": torch.tensor([1.0, 0, 1, 1, 1]), "decoder": torch.tensor([1.0, 1, 0])}
+    batch = BatchRouting(mask_T=masks["decoder"], encoder=BatchRouting(mask_T=masks["encoder"]))
+    with context.recording(batch, statistics):
+        context.assign(router, 0, tokens(5), stream="encoder")
+        context.assign(router, 1, tokens(3))
+    assert statistics.tokens_M.tolist() == [4.0, 2.0]
+
+
 def test_uniform_hears_all_alike_and_the_routing_returns_afterwards() -> None:
     context, router = make()
     with context.routed(Routing(mode="uniform")):

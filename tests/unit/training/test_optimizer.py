@@ -13,6 +13,7 @@ from torch import nn
 
 from dsmixer.placement.layout import everything_here
 from dsmixer.placement.pieces import Piece, Shard
+from dsmixer.training.moments import KINDS
 from dsmixer.training.optimizer import AdamSettings, ExpertAdamW, StepPlan
 from dsmixer.training.rows import spans_of
 
@@ -199,6 +200,52 @@ def test_cut_anywhere_it_equals_an_adamw_for_each_expert_that_skips_its_idle_ste
         before = after
     for optimizer, _ in ours.ranks:
         assert optimizer.steps.tolist() == torch.tensor(scenario.reached).sum(0).tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(scenarios(), st.sets(st.integers(0, 3)))
+def test_rows_of_routers_that_rest_keep_every_bit_and_the_others_train_as_if_alone(
+    scenario: Scenario, chosen: set[int]
+) -> None:
+    """Against torch's AdamW and clipping on those rows as parameters of their own, cut anywhere; no gradient
+    of a resting row counts in the norm, and neither moments nor decay move it."""
+    rows = sorted(chosen & set(range(scenario.num_experts)))
+    adam = AdamSettings(
+        eps=1e-6, weight_decay=scenario.weight_decay, clip=scenario.clip, router_rows=tuple(rows)
+    )
+    start, name = random_tensors(scenario, scenario.seed), "q.router.weight"
+    ours = Partitioned(scenario, start, adam)
+    alone = nn.Parameter(start[name][rows].clone())
+    theirs = torch.optim.AdamW([alone], lr=0.03, eps=1e-6, weight_decay=scenario.weight_decay)
+    resting = [e for e in range(scenario.num_experts) if e not in rows]
+    reached_U = torch.tensor([False] * scenario.num_experts + [True])
+    for step in range(NUM_STEPS):
+        grads = random_tensors(scenario, 5000 + 10 * scenario.seed + step)
+        ours.step(grads, StepPlan(0.1, 0.03, reached_U))
+        alone.grad = grads[name][rows].clone()
+        if scenario.clip is not None and rows:
+            nn.utils.clip_grad_norm_([alone], scenario.clip)
+        theirs.step()
+        after = ours.whole()
+        torch.testing.assert_close(after[name][rows], alone.detach(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(after[name][resting], start[name][resting])
+        assert all(torch.equal(after[other], start[other]) for other in start if other != name)
+    for optimizer, shards in ours.ranks:
+        for index, shard in enumerate(shards):
+            for kind in KINDS:
+                moments = optimizer.moments.flat(kind, index)
+                assert not moments[_resting(shard, name, resting)].any()
+
+
+def _resting(shard: Shard, name: str, experts: list[int]) -> list[int]:
+    """Elements of a shard that belong to these experts' rows of the router."""
+    return [
+        piece.flat_start + i
+        for piece in shard.pieces
+        if piece.name == name
+        for i in range(piece.numel)
+        if (piece.param_start + i) // piece.shape[1] in experts
+    ]
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 40), st.integers(1, 40))

@@ -1,0 +1,90 @@
+"""Answers to a list of requests, batched, each by its own expert, by the routers or by the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from dsmixer.evaluation.generation import padded_prompts
+from dsmixer.evaluation.sharing import device_of
+from dsmixer.model.inject import route_to
+from dsmixer.routing.requests import Request
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request.
+
+    Attributes:
+        prompt_ids: its tokens.
+        to: an expert's name, None for the base, ``BY_ROUTERS``.
+        max_new_tokens: longest answer, in tokens.
+    """
+
+    prompt_ids: Sequence[int]
+    to: Request
+    max_new_tokens: int
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    asked: Sequence[Asked],
+    *,
+    batch_size: int,
+    configured: Callable[[int], GenerationConfig],
+) -> Iterator[list[int]]:
+    """The tokens written for each request, in order, as its batch is done.
+
+    A greedy answer is the one that the request alone gets, but for rounding; what is drawn depends on the
+    batch.
+
+    Args:
+        model: in evaluation mode.
+        asked: the requests.
+        batch_size: rows that are decoded together.
+        configured: how to write, given the longest answer of a batch.
+
+    Yields:
+        Tokens up to the request's own limit, its end token included.
+    """
+    for first in range(0, len(asked), batch_size):
+        batch = asked[first : first + batch_size]
+        limits = [one.max_new_tokens for one in batch]
+        config = configured(max(limits))
+        given = padded_prompts(
+            model, [one.prompt_ids for one in batch], config.pad_token_id, device_of(model)
+        )
+        with route_to(model, [one.to for one in batch]):
+            output = model.generate(
+                given.input_ids,
+                attention_mask=given.attention_mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_OwnLimit(limits, given.written_from)]),
+            )
+        for row, limit in zip(output, limits, strict=True):
+            written = row[given.written_from :][:limit].tolist()
+            yield _until_end(written, config.eos_token_id)
+
+
+def _until_end(written: list[int], ends: int | list[int] | None) -> list[int]:
+    """Without what pads a row after its end token."""
+    closing = set(ends) if isinstance(ends, list) else {ends}
+    for place, token in enumerate(written):
+        if token in closing:
+            return written[: place + 1]
+    return written
+
+
+class _OwnLimit(StoppingCriteria):
+    """Ends a row at its own limit."""
+
+    def __init__(self, limits: Sequence[int], written_from: int) -> None:
+        self.limits, self.written_from = torch.tensor(limits), written_from
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return (self.limits <= input_ids.shape[1] - self.written_from).to(input_ids.device)

@@ -1,0 +1,106 @@
+"""A few pairs of a token and an expert, each by itself: what one decoded token needs, and no more.
+
+No sorting, no gate over the pool, nothing read of experts that are not chosen. On a device nothing here has
+to be waited for, and no shape depends on what is chosen.
+
+Shapes: T tokens, D input width, O output width, E experts, R LoRA rank, K experts a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dsmixer.experts.assignment import Assignment
+from dsmixer.experts.dropout import Dropout, drop
+
+MAX_PAIRS = 64  # from there on sorting costs less than to take each pair's matrices
+
+
+def suits_few(x_TD: torch.Tensor, assignment: Assignment, num_experts: int, *, small: bool) -> bool:
+    """Whether pairs one by one beat the other forms; never where gradients are wanted.
+
+    Args:
+        x_TD: the tokens.
+        assignment: their experts.
+        num_experts: E.
+        small: whether one wide product of the whole pool is the other way.
+    """
+    if assignment.indices_TK is None or torch.is_grad_enabled():
+        return False
+    num_pairs = assignment.indices_TK.numel()
+    # where the matrices are copied before they are read, a pair costs about twice
+    cost = num_pairs if _reads_in_place(x_TD) else 2 * num_pairs
+    return num_pairs <= MAX_PAIRS and (cost <= num_experts or not small)
+
+
+def few_form(
+    x_TD: torch.Tensor,
+    a_ERD: torch.Tensor,
+    b_ERO: torch.Tensor,
+    s_E: torch.Tensor,
+    assignment: Assignment,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """``A_e x`` of each pair by itself, then one weighted sum over the rows of the pairs' ``B_e``."""
+    x_TD = drop(x_TD, dropout)
+    indices_TK, weights_TK = assignment.indices_TK, assignment.weights_TK
+    if indices_TK is not None and weights_TK is not None and _reads_in_place(x_TD):
+        return _in_place(x_TD, a_ERD, b_ERO, s_E.tolist(), indices_TK.tolist(), weights_TK.tolist())
+    indices_TK, weights_TK = assignment.as_pairs()
+    scaled_TK = (weights_TK * s_E.to(weights_TK.dtype)[indices_TK]).to(x_TD.dtype)
+    return _up(_down(x_TD, a_ERD, indices_TK) * scaled_TK[:, :, None], b_ERO, indices_TK)
+
+
+def _reads_in_place(x_TD: torch.Tensor) -> bool:
+    """On the CPU a loop over the pairs is cheaper than copies of their matrices, where a product with one
+    vector is as fast as memory: bfloat16's is not."""
+    return x_TD.device.type == "cpu" and x_TD.dtype != torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def _in_place(
+    x_TD: torch.Tensor,
+    a_ERD: torch.Tensor,
+    b_ERO: torch.Tensor,
+    scaling: list[float],
+    chosen: list[list[int]],
+    weights: list[list[float]],
+) -> torch.Tensor:
+    """One product of matrix and vector after the other, without a copy."""
+    cast = a_ERD.dtype != x_TD.dtype
+    y_TO = x_TD.new_zeros(x_TD.shape[0], b_ERO.shape[2])
+    for x_D, y_O, experts, weights_K in zip(x_TD, y_TO, chosen, weights, strict=True):
+        for e, weight in zip(experts, weights_K, strict=True):
+            if e >= 0:
+                a_RD, b_RO = a_ERD[e], b_ERO[e]
+                if cast:
+                    a_RD, b_RO = a_RD.to(x_TD.dtype), b_RO.to(x_TD.dtype)
+                y_O.addmv_(b_RO.T, torch.mv(a_RD, x_D), alpha=weight * scaling[e])
+    return y_TO
+
+
+def _down(x_TD: torch.Tensor, a_ERD: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
+    """``A_e x`` of every pair, ``[T, K, R]``."""
+    num_tokens, top_k = indices_TK.shape
+    a_TFD = _matrices(a_ERD, indices_TK, x_TD.dtype)
+    return torch.bmm(a_TFD, x_TD[:, :, None]).view(num_tokens, top_k, a_ERD.shape[1])
+
+
+def _up(h_TKR: torch.Tensor, b_ERO: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
+    """``sum_k B_e h`` of every token, ``[T, O]``."""
+    num_experts, rank, width = b_ERO.shape
+    h_TF = h_TKR.flatten(1)
+    if b_ERO.dtype != h_TF.dtype:
+        return torch.bmm(h_TF[:, None, :], _matrices(b_ERO, indices_TK, h_TF.dtype)).squeeze(1)
+    # a weighted sum over rows of the bank, which copies none
+    rows_TKR = indices_TK[:, :, None] * rank + torch.arange(rank, device=h_TF.device)
+    bank_FO = b_ERO.reshape(num_experts * rank, width)
+    return F.embedding_bag(rows_TKR.flatten(1), bank_FO, mode="sum", per_sample_weights=h_TF)
+
+
+def _matrices(bank_ERX: torch.Tensor, indices_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrices of each token's experts below each other, ``[T, K*R, X]``."""
+    num_tokens, top_k = indices_TK.shape
+    _, rank, width = bank_ERX.shape
+    chosen_NRX = bank_ERX.index_select(0, indices_TK.flatten()).to(dtype)
+    return chosen_NRX.view(num_tokens, top_k * rank, width)

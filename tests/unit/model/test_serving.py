@@ -1,0 +1,39 @@
+"""A mixture that only answers: the same outputs from weights in the base's dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny import CONFIGS
+from transformers import AutoModelForCausalLM
+
+from dsmixer import MixerConfig, UserError, attach_mixers, ready_to_serve
+
+
+def small(dtype):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("router", ["per_projection", "per_block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_weights_in_the_bases_dtype_give_the_same_logits_bit_for_bit(dtype, router):
+    model = small(dtype)
+    mixture = attach_mixers(
+        model, MixerConfig(targets=("q", "k", "o"), experts=("a", "b", "c"), rank=4, router=router)
+    )
+    for mixer in mixture.mixers.values():
+        mixer.bank.lora_B.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(2))
+    before = model(input_ids=ids).logits
+    assert ready_to_serve(model) is model
+    parameters = [*mixture.expert_parameters(), *mixture.router_parameters()]
+    assert {parameter.dtype for _, parameter in parameters} == {dtype}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_model_without_mixers_is_refused():
+    with pytest.raises(UserError, match="has no mixers"):
+        ready_to_serve(small(torch.float32))
