@@ -9,6 +9,7 @@ of a tuner and of a layer. It is tested with the versions that ``TESTED`` names.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -25,10 +26,20 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
 
-from dsmixer.adapters.importing import check_paths, check_scales, fill_bank
-from dsmixer.adapters.mixture_folder import CONFIG_FILE, EXPERTS_FOLDER, ROUTERS_FILE
+from dsmixer.adapters.card import facts_of_mixers
+from dsmixer.adapters.importing import check_expert_name, check_paths, check_scales, fill_bank
+from dsmixer.adapters.mixture_folder import CONFIG_FILE, EXPERTS_FOLDER, ROUTERS_FILE, form_of_base
 from dsmixer.adapters.peft_format import KEY_PREFIX
-from dsmixer.adapters.peft_method import IN_FILE, IN_FOLDERS, PEFT_TYPE, check_saved, without_prefix
+from dsmixer.adapters.peft_method import (
+    IN_FILE,
+    IN_FOLDERS,
+    OF_BASE,
+    PEFT_TYPE,
+    check_file,
+    check_saved,
+    without_prefix,
+    write_card,
+)
 from dsmixer.adapters.saved_mixture import read_mixture
 from dsmixer.config.errors import UserError
 from dsmixer.experts.bank import ExpertBank
@@ -87,6 +98,10 @@ class MixerConfig(PeftConfig):
         rsl: ``alpha``, ``entropy_weight``, ``entropy`` and ``usage`` of the routing specialisation loss,
             which the model adds to its own loss in training; what is left out has its default. The usage is
             the micro-batch's own, and nothing ramps up.
+        model_type: kind of the base; this and the next three are filled from the model.
+        dtype: of the base.
+        quantization: ``none``, ``nf4`` or ``fp4``, of the base.
+        double_quantization: whether its scales are quantised too.
         weights_in: where a folder holds the weights; not for users.
     """
 
@@ -108,6 +123,10 @@ class MixerConfig(PeftConfig):
     seed: int = 0
     train: str = "both"
     rsl: Mapping[str, Any] = field(default_factory=_rsl)
+    model_type: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    double_quantization: bool | None = None
     weights_in: str = IN_FILE
 
     def __post_init__(self) -> None:
@@ -116,6 +135,9 @@ class MixerConfig(PeftConfig):
         self.targets, self.experts = list(self.targets), list(self.experts)
         self.ranks, self.alphas = dict(self.ranks), dict(self.alphas)
         self.rsl = {**_rsl(), **self.rsl}
+        for name in self.experts:
+            check_expert_name(name)
+        self._trains = True
         self._source: tuple[str, dict[str, Any]] | None = None
         unknown = set(self.rsl) - set(_rsl())
         if unknown:
@@ -141,6 +163,23 @@ class MixerConfig(PeftConfig):
     def routing_loss(self) -> RoutingSpecializationLoss:
         """RSL with the micro-batch's own usage."""
         return RoutingSpecializationLoss(**self.rsl, usage_from="micro_batch")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, which also fills the card that PEFT has begun."""
+        super().save_pretrained(save_directory, **kwargs)
+        facts = {
+            **facts_of_mixers(self.to_mixer_config()),
+            "base": self.base_model_name_or_path,
+            "task_type": str(getattr(self.task_type, "value", self.task_type)),
+        }
+        source = None if self._trains else self._loaded_from()
+        write_card(Path(save_directory), facts, source)
+
+    def _loaded_from(self) -> Path | None:
+        """The folder on this machine that the configuration came from."""
+        source, hub = self._source or ("", {})
+        folder = Path(source) / (hub.get("subfolder") or "")
+        return folder if source and folder.is_dir() else None
 
     @classmethod
     def from_pretrained(
@@ -212,12 +251,17 @@ class MixtureModel(BaseTuner):
                 "the configuration of a mixture folder came without its folder, which holds the weights",
                 fix="use PeftModel.from_pretrained(base, FOLDER) or an AutoPeftModel, without config=",
             )
+        folder = config._loaded_from()
+        if config.weights_in == IN_FILE and folder is not None:
+            check_file(folder)
+        config._trains = not config.inference_mode
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             mixture = attach_mixers(model, config.to_mixer_config())
         for mixer in mixture.mixers.values():
             mixer.__class__ = MixtureLayer
             cast(MixtureLayer, mixer)._active_adapter = [adapter_name]
         self.set_requires_grad(adapter_name, not config.inference_mode)
+        _tell_base(config, mixture)
         self.in_loss = RoutingInLoss(mixture, config.routing_loss())
         self.targeted_module_names = list(mixture.mixers)
 
@@ -283,10 +327,29 @@ class MixtureModel(BaseTuner):
             tensors = _folder_tensors(mixture, _local_folder(config))
             # saved again by PEFT, the weights are in its file
             config.weights_in = IN_FILE
+        elif not state_dict:
+            fix = "open it by itself: PeftModel.from_pretrained(base, FOLDER) on a base without a mixture"
+            raise UserError("a mixture folder can't be loaded over a mixture that is on the model", fix=fix)
         else:
             tensors = without_prefix(state_dict)
         check_saved(mixture, tensors, where)
         return {KEY_PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def _tell_base(config: MixerConfig, mixture: Mixture) -> None:
+    """Write into the configuration how the base is held; a warning where it was packed otherwise."""
+    found = {**dict.fromkeys(OF_BASE), **form_of_base(mixture)}
+    if config.quantization not in (None, found["quantization"]):
+        warnings.warn(
+            f"the base's quantization is {found['quantization']}, and the mixture was made on "
+            f"{config.quantization}: its answers will be others. Load the base with the quantization_config "
+            "of the training, or use dsmixer.load_mixture, which does",
+            stacklevel=2,
+        )
+    for key, value in found.items():
+        # what only answers goes on to say what it was trained on
+        if getattr(config, key) is None or not config.inference_mode:
+            setattr(config, key, value)
 
 
 def _local_folder(config: MixerConfig) -> Path:

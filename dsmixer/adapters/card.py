@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmixer import __version__
+from dsmixer.model.mixer_config import MixerConfig
+
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$|^\w[\w-]*$")
 TAGS = ("dsmixer", "peft", "lora", "mixture-of-experts")
+
+USE = "## Use"
 
 METRICS = {
     "loss": "held-out loss, nats a target token",
@@ -39,19 +44,26 @@ With PEFT, the whole mixture:
 
 ```python
 import dsmixer.peft
-from peft import AutoPeftModelForCausalLM
+from peft import {auto_peft}
 
-model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
+model = {auto_peft}.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
+"""
 
+ONE_EXPERT = """
 Each folder under `experts/` is a plain PEFT LoRA adapter and loads by itself:
 
 ```python
 from peft import PeftModel
+from transformers import {auto}
 
+base_model = {auto}.from_pretrained("{base}")
 PeftModel.from_pretrained(base_model, "PATH_OF_THIS_FOLDER/experts/{expert}")
 ```
 """
+
+AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+"""transformers' class of a base, by PEFT's task type."""
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -66,7 +78,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
             ``pictures``: names of PNG files beside the card, of where the routers send tokens.
             ``history``: what was done to the mixture after training, sentences.
             ``limits``: what is known to be missing, sentences.
-            ``license``: an identifier of the hub.
+            ``license``: an identifier of the hub. ``task_type``: PEFT's, ``CAUSAL_LM`` if absent.
+            ``not_applied``: why PEFT can't apply an expert's folder, by projection. ``in_folders``: whether
+            each expert has a folder of its own, which it has if absent.
     """
     parts = [
         front_matter(facts),
@@ -86,8 +100,48 @@ def model_card(facts: Mapping[str, Any]) -> str:
         shown = [f"![Where the routers send held-out tokens]({name})\n" for name in facts["pictures"]]
         parts.append("## Routing\n\n" + "\n".join(shown))
     parts.append("## Limits\n\n" + _listed([*_missing(facts, rows), *facts.get("limits", ()), *LIMITS]))
-    parts.append("## Use\n\n" + USAGE.replace("{expert}", facts["experts"][0]["name"]))
+    parts.append(f"{USE}\n\n{usage(facts)}")
     return "\n".join(parts)
+
+
+def facts_of_mixers(config: MixerConfig) -> dict[str, Any]:
+    """What a card says of experts, projections and routing."""
+    experts = [
+        {"name": name, "rank": rank, "alpha": alpha}
+        for name, rank, alpha in zip(config.experts, config.rank_list, config.alpha_list, strict=True)
+    ]
+    routing = config.default_routing()
+    mode = f"{routing.mode}, K={routing.top_k}" if routing.mode in ("topk", "hard_soft") else routing.mode
+    return {
+        "dsmixer_version": __version__,
+        "targets": config.targets,
+        "routing": mode,
+        "experts": experts,
+    }
+
+
+def usage(facts: Mapping[str, Any]) -> str:
+    """How a mixture is loaded: code that runs once its path is in it.
+
+    Args:
+        facts: as ``model_card`` has them.
+    """
+    text, not_applied, in_folders = USAGE, facts.get("not_applied"), facts.get("in_folders", True)
+    if in_folders and not_applied:
+        reasons = "; ".join(f"`{name}` {reason}" for name, reason in not_applied.items())
+        text += f"\nThe folders under `experts/` are not for PEFT alone: {reasons}.\n"
+    elif in_folders:
+        text += ONE_EXPERT
+    auto = AUTO_CLASSES.get(facts.get("task_type") or "", "AutoModelForCausalLM")
+    named = {
+        "expert": facts["experts"][0]["name"],
+        "auto": auto,
+        "auto_peft": auto.replace("AutoModel", "AutoPeftModel"),
+        "base": str(facts.get("base") or "BASE"),
+    }
+    for key, value in named.items():
+        text = text.replace(f"{{{key}}}", value)
+    return text
 
 
 def front_matter(facts: Mapping[str, Any], tags: Sequence[str] = TAGS) -> str:

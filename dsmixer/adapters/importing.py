@@ -6,15 +6,18 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dsmixer.adapters.beside import parts_beside
 from dsmixer.adapters.fitting import check_fit
 from dsmixer.adapters.module_names import base_module_names, shortest_names
+from dsmixer.adapters.old_names import with_names_of
 from dsmixer.adapters.peft_format import CONFIG_FILE, LoraAdapter, read_adapter
 from dsmixer.adapters.sources import adapter_folder, another_base
 from dsmixer.adapters.untrusted import printable, shown
@@ -22,8 +25,12 @@ from dsmixer.config.errors import UserError
 from dsmixer.config.stages import NAME_PATTERN
 from dsmixer.experts.bank import ExpertBank, lora_scaling
 from dsmixer.model.inject import Mixture, attach_mixers
+from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.model.targets import find_targets
+
+OWN_OPTIONS = {"experts", "rank", "alpha", "ranks", "alphas"}
+"""Fields of ``MixerConfig`` that the adapters decide."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,12 @@ class Pool:
 
 
 def _alpha(adapter: LoraAdapter, rslora: bool) -> float:
-    """The alpha at which the adapter's widest projection keeps its scale."""
+    """The alpha at which the adapter's widest projection keeps its scale, whose sign goes to ``lora_B``."""
     pair = max(adapter.pairs.values(), key=lambda pair: pair.rank)
     alpha = float(adapter.config["lora_alpha"])
     if lora_scaling(adapter.rank, alpha, rslora) == pair.scaling:
-        return alpha
-    return pair.scaling * (math.sqrt(adapter.rank) if rslora else adapter.rank)
+        return abs(alpha)
+    return abs(pair.scaling) * (math.sqrt(adapter.rank) if rslora else adapter.rank)
 
 
 def read_pool(
@@ -98,8 +105,16 @@ def read_pool(
     """
     if not sources:
         raise UserError("no adapters to import", fix="name at least one adapter folder")
+    if not isinstance(sources, Mapping):
+        raise UserError("the adapters have no names", fix="give a mapping, {NAME: FOLDER_OR_HUB_ID}")
     for name in sources:
         check_expert_name(name)
+    folded: dict[str, str] = {}
+    for name in sources:
+        other = folded.setdefault(name.lower(), name)
+        if other != name:
+            problem = f"the experts {other} and {name} would share a folder where case does not count"
+            raise UserError(problem, fix="rename one of them")
     adapters = {name: read_adapter(adapter_folder(source, revision)) for name, source in sources.items()}
     if rslora is None:
         rslora = all(bool(adapter.config.get("use_rslora")) for adapter in adapters.values())
@@ -123,25 +138,54 @@ class BaseMismatchWarning(UserWarning):
     """An adapter says that it was trained on another base than it is put on."""
 
 
-def base_mismatches(pool: Pool, base: str | None) -> list[str]:
-    """One line for each adapter that names another base model.
+class LeftOutWarning(UserWarning):
+    """Something was trained with an adapter that is no part of its expert."""
 
-    Only ids of the hub are compared, and of them the last parts too: shapes decide whether an adapter fits,
-    and a copy of a model may have another owner or be a folder.
+
+def base_mismatches(
+    pool: Pool, base: str | None, revision: str | None = None, config: Any = None
+) -> list[str]:
+    """One line for each adapter that names another base model, or another revision of it.
+
+    Shapes decide whether an adapter fits; names are told, see :func:`dsmixer.adapters.sources.another_base`.
 
     Args:
         pool: the adapters.
         base: id or path of the base they are put on.
+        revision: of that base; None: not known, and not compared.
+        config: the base's configuration, which may have its name too.
     """
     lines = []
     for name, adapter in pool.adapters.items():
-        named = adapter.config.get("base_model_name_or_path")
-        if another_base(named, base):
+        named, own = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
+        says = f"the adapter {name} says that it was trained on"
+        if another_base(named, base, getattr(config, "_name_or_path", None)):
+            given = base or getattr(config, "_name_or_path", None)
             lines.append(
-                f"the adapter {name} says that it was trained on {printable(named)}, not on {base}: "
-                "its shapes fit, but its outputs may make no sense"
+                f"{says} {printable(named)}, not on {printable(given)}: its shapes fit, but its outputs may "
+                "make no sense"
             )
+        elif isinstance(own, str) and own and revision not in (None, own):
+            lines.append(f"{says} revision {printable(own)} of its base, not on {printable(revision)}")
     return lines
+
+
+def parts_left_out(pool: Pool, config: Any) -> list[str]:
+    """One line for each adapter with trained parts beside its weights, which no expert has.
+
+    Args:
+        pool: the adapters.
+        config: the base's configuration, which says how many tokens it embeds.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None)
+    found = {name: parts_beside(own.folder, vocabulary) for name, own in pool.adapters.items()}
+    return [
+        f"the adapter {name} has {' and '.join(parts)}, which its expert leaves out: it may not answer as it "
+        "was trained to"
+        for name, parts in found.items()
+        if parts
+    ]
 
 
 def import_adapters(
@@ -149,7 +193,8 @@ def import_adapters(
 ) -> Mixture:
     """Put ready-made adapters on a model as a frozen pool of experts, with fresh routers.
 
-    An adapter that says that it was trained on another base is told with a ``BaseMismatchWarning``.
+    An adapter that says that it was trained on another base is told with a ``BaseMismatchWarning``, and one
+    with trained parts beside its weights with a ``LeftOutWarning``.
 
     Args:
         model: a freshly loaded transformers model; changed in place.
@@ -160,21 +205,59 @@ def import_adapters(
             that the adapters have.
 
     Raises:
-        UserError: an adapter can't be read, or does not fit the model exactly.
+        UserError: an adapter can't be read, or does not fit the model exactly; the model has mixers or
+            adapters of PEFT already; or an option is none.
     """
-    owned = {"experts", "rank", "alpha", "ranks", "alphas"} & set(options)
-    if owned:
-        raise UserError(f"{', '.join(sorted(owned))} come from the adapters", fix="leave them out")
+    check_bare(model)
+    _check_options(options)
     pool = read_pool(adapters, rslora=options.pop("rslora", None), revision=revision)
+    pool = on_base(pool, model)
     # before anything is attached, so that a model that is refused stays as it was
     config = pool_config(pool, model, options.pop("targets", None), **options)
     mixture = attach_mixers(model, config)
     fill_experts(mixture, pool)
     for _, parameter in mixture.expert_parameters():
         parameter.requires_grad_(False)
-    for line in base_mismatches(pool, getattr(getattr(model, "config", None), "_name_or_path", None)):
+    base = getattr(model, "config", None)
+    for line in base_mismatches(pool, None, config=base):
         warnings.warn(line, BaseMismatchWarning, stacklevel=2)
+    for line in parts_left_out(pool, base):
+        warnings.warn(line, LeftOutWarning, stacklevel=2)
     return mixture
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model whose projections are not its own any more.
+
+    Raises:
+        UserError: it has mixers, or adapters of PEFT.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, MixedLinear):
+            fix = "import all adapters at once, or add more to the mixture's folder: dsmixer pool add"
+            raise UserError("this model has mixers already", where=name, fix=fix)
+        if isinstance(module, BaseTunerLayer):
+            fix = "give the base as it was loaded, before get_peft_model, PeftModel or load_adapter"
+            raise UserError("this model has adapters of PEFT already", where=name, fix=fix)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    owned = OWN_OPTIONS & set(options)
+    if owned:
+        raise UserError(f"{', '.join(sorted(owned))} come from the adapters", fix="leave them out")
+    known = {field.name for field in fields(MixerConfig)}
+    unknown = [printable(key, 60) for key in options if key not in known]
+    if unknown:
+        problem = f"{', '.join(unknown)}: there is no such option"
+        raise UserError(problem, fix=f"choose from {', '.join(sorted(known - OWN_OPTIONS))}")
+    if isinstance(options.get("targets"), str):
+        problem = f"targets is the text {printable(options['targets'], 60)!r}, and not a list of names"
+        raise UserError(problem, fix=f"write [{printable(options['targets'], 60)!r}]")
+
+
+def on_base(pool: Pool, model: nn.Module) -> Pool:
+    """The pool with the names that the model's modules have now, where earlier releases had others."""
+    return replace(pool, adapters=with_names_of(model, pool.adapters))
 
 
 def pool_config(pool: Pool, model: nn.Module, targets: Sequence[str] | None, **options: Any) -> MixerConfig:

@@ -17,6 +17,8 @@ from dsmixer.config.errors import UserError
 CONFIG_FILE = "adapter_config.json"
 FORMS = ("LORA", "ADALORA")
 MAX_RANK = 2**16
+MAX_PARTS = 8
+"""Parts of a fused projection that ``enable_lora`` may name; there were three."""
 
 # what plain LoRA is made of, and what says nothing about the weights' meaning
 PLAIN_KEYS = frozenset(
@@ -92,6 +94,8 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
         only = "and only LORA and ADALORA can be an expert"
         _refuse(where, "peft_type", f"the adapter is {printable(repr(kind), 40)}, {only}", "train plain LoRA")
     start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() == "gaussian":  # the one that PEFT reads in any case
+        start = "gaussian"
     if not isinstance(start, str | bool | None) or start not in PLAIN_STARTS:
         _refuse_start(start, where)
     plain = PLAIN_KEYS | ADALORA_KEYS if kind == "ADALORA" else PLAIN_KEYS
@@ -136,17 +140,18 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
                 f"give the weights' own, 1 to {MAX_RANK}",
             )
     for key, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1e9:
-            _refuse(where, key, f"alpha is {printable(repr(alpha), 40)}", "give its real alpha, above 0")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) <= 1e9:
+            _refuse(where, key, f"alpha is {printable(repr(alpha), 40)}", "give its real alpha, not 0")
     bias, enabled = config.get("bias"), config.get("enable_lora")
     if bias not in (None, "none", "all", "lora_only"):
         _refuse(where, "bias", f"{printable(repr(bias), 40)} is not none, all or lora_only", "correct it")
     if enabled is not None and not (
-        isinstance(enabled, list) and all(type(part) is bool for part in enabled)
+        isinstance(enabled, list)
+        and len(enabled) <= MAX_PARTS
+        and all(type(part) is bool for part in enabled)
     ):
-        _refuse(
-            where, "enable_lora", f"{printable(repr(enabled), 40)} is no list of true and false", "correct it"
-        )
+        problem = f"{printable(enabled, 40)} is no list of true and false, at most {MAX_PARTS}"
+        _refuse(where, "enable_lora", problem, "correct it")
 
 
 def _pattern(config: Mapping[str, Any], name: str, where: str, adalora: bool) -> dict[str, Any]:

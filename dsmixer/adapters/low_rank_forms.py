@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dsmixer.adapters.lora_config import is_adalora
+from dsmixer.adapters.memory import check_memory
 from dsmixer.adapters.target_rule import pattern_values
 from dsmixer.adapters.untrusted import SAVE_AGAIN, printable
 from dsmixer.config.errors import UserError
@@ -168,6 +169,12 @@ def _lora(
     for path, found in by_path.items():
         a_RD, b_OR = _factors(path, found, "AB", where)
         rank = ranks[path]
+        if a_RD.dim() == b_OR.dim() > 2:
+            problem = (
+                f"{printable(path)} is a convolution: its LoRA slides over positions and is no projection"
+            )
+            fix = "train it again without the convolution in target_modules, or merge it into its base"
+            raise UserError(problem, where=where, fix=fix)
         if not _fit(a_RD, b_OR) or a_RD.shape[0] != rank:
             _refuse_shapes(path, (a_RD, b_OR), f"of rank {rank}, which {config_at} gives", where)
         pairs[path] = LoraPair(a_RD, b_OR, lora_scaling(rank, alphas[path], bool(config.get("use_rslora"))))
@@ -227,6 +234,9 @@ def _merged(
     enabled: list[bool] = config["enable_lora"]
     rows = config["r"] * sum(enabled)
     scaling = lora_scaling(config["r"], config["lora_alpha"], rslora=False)
+    outputs = sum(found["B"].shape[0] for found in by_path.values() if "B" in found and found["B"].dim())
+    # as float32, the enabled parts alone and then among the zeros of the others
+    check_memory(4 * rows * (outputs + outputs * len(enabled) // max(1, sum(enabled))), where)
     pairs = {}
     for path, found in by_path.items():
         a_RD, b_grouped = _factors(path, found, "AB", where)
@@ -253,7 +263,8 @@ def _ungrouped(b_grouped: torch.Tensor, rows: int, enabled: Sequence[bool]) -> t
         return None
     outputs, width = b_grouped.shape[0], b_grouped.shape[1]
     groups = rows // width
-    if rows % width or outputs % groups or outputs % num:
+    # PEFT had two groups and loralib one a part: more would only be larger than the file
+    if rows % width or groups > max(2, num) or outputs % groups or outputs % num:
         return None
     blocks = b_grouped[:, :, 0].reshape(groups, outputs // groups, width)
     stacked = torch.block_diag(*blocks)

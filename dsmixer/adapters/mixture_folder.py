@@ -11,7 +11,7 @@ tokenizer files          where a tokenizer was given
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from dsmixer import __version__
-from dsmixer.adapters.card import model_card
+from dsmixer.adapters.card import facts_of_mixers, model_card
 from dsmixer.adapters.importing import check_expert_name
 from dsmixer.adapters.module_names import base_module_names, shortest_names
+from dsmixer.adapters.outside_peft import not_applied_by_peft
 from dsmixer.adapters.peft_format import check_savable, write_adapter
 from dsmixer.adapters.peft_method import is_saved_by_peft, read_saved_by_peft, write_for_peft
 from dsmixer.adapters.publish import published
@@ -70,12 +71,15 @@ def save_mixture(
             by name, which are put beside the card.
 
     Raises:
-        UserError: the folder is something else, the disk refuses, or a weight is empty or not finite.
+        UserError: the folder is something else, the disk refuses, or a weight is empty, not finite or no
+            longer float32.
     """
     folder = Path(folder)
     for name in mixture.expert_names:
         check_expert_name(name)
     parameters = [*mixture.expert_parameters(), *mixture.router_parameters()]
+    if state is None:
+        _check_whole(parameters)
     full = {name: (parameter if state is None else state[name]).detach() for name, parameter in parameters}
     for name, tensor in full.items():
         check_savable(name, tensor)
@@ -101,6 +105,14 @@ def save_mixture(
     return folder
 
 
+def _check_whole(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in parameters:
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            problem = f"the weight is {str(tensor.dtype).removeprefix('torch.')}: its float32 digits are gone"
+            fix = "load the mixture again, and save it before ready_to_serve"
+            raise UserError(problem, where=name, fix=fix)
+
+
 def write_description(folder: Path, description: Mapping[str, Any], task: str) -> None:
     """Say what a mixture folder holds, to dsmixer and to PEFT.
 
@@ -121,44 +133,41 @@ def task_type(model: Any) -> str:
 
 
 def _description(mixture: Mixture, base: str | None, revision: str | None) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "dsmixer_version": __version__,
+        "base": {"model": base, "revision": revision, **form_of_base(mixture)},
+        "mixer": mixture.config.to_dict(),
+    }
+
+
+def form_of_base(mixture: Mixture) -> dict[str, Any]:
+    """The kind of the model under a mixture, and how its weights are held.
+
+    Returns:
+        ``model_type``, ``dtype``, ``quantization`` and, in 4 bits, ``double_quantization``.
+    """
     mixer = next(iter(mixture.mixers.values()))
     # a weight that others have packed is stored as integers; its products run in bfloat16
     dtypes = (p.dtype for p in mixer.base.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.bfloat16)
     kind, double = quantization_of(mixture.model) or ("none", False)
-    packing = {"double_quantization": double} if kind != "none" else {}
     return {
-        "format_version": FORMAT_VERSION,
-        "dsmixer_version": __version__,
-        "base": {
-            "model": base,
-            "revision": revision,
-            "model_type": getattr(getattr(mixture.model, "config", None), "model_type", None),
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantization": kind,
-            **packing,
-        },
-        "mixer": mixture.config.to_dict(),
+        "model_type": getattr(getattr(mixture.model, "config", None), "model_type", None),
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": kind,
+        **({"double_quantization": double} if kind != "none" else {}),
     }
 
 
 def _card_facts(
     mixture: Mixture, description: Mapping[str, Any], facts: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    config = mixture.config
-    experts = [
-        {"name": name, "rank": rank, "alpha": alpha}
-        for name, rank, alpha in zip(config.experts, config.rank_list, config.alpha_list, strict=True)
-    ]
-    routing = config.default_routing()
     return {
         "base": description["base"]["model"],
-        "dsmixer_version": __version__,
-        "targets": config.targets,
-        "routing": f"{routing.mode}, K={routing.top_k}"
-        if routing.mode in ("topk", "hard_soft")
-        else routing.mode,
-        "experts": experts,
+        **facts_of_mixers(mixture.config),
+        "task_type": task_type(mixture.model),
+        "not_applied": not_applied_by_peft(description["base"]["model_type"], mixture.mixers),
         **(facts or {}),
     }
 
@@ -208,7 +217,9 @@ def read_description(folder: str | Path) -> tuple[dict[str, Any], MixerConfig]:
     """
     folder, path = Path(folder), Path(folder) / CONFIG_FILE
     if not path.is_file() and is_saved_by_peft(folder):
-        return read_saved_by_peft(folder)
+        found = read_saved_by_peft(folder)
+        _check_names(found[1])
+        return found
     if not path.is_file():
         problem = f"the folder has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(problem, where=str(folder), fix="give the folder of a mixture, runs/NAME/mixture")
@@ -226,6 +237,10 @@ def read_description(folder: str | Path) -> tuple[dict[str, Any], MixerConfig]:
         raise UserError(
             problem, where=str(path), fix="use the version of dsmixer that wrote it, or a later one"
         )
+    _check_names(config)
+    return dict(base), config
+
+
+def _check_names(config: MixerConfig) -> None:
     for name in config.experts:
         check_expert_name(name)
-    return dict(base), config

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dsmixer.adapters.importing import Pool, fill_bank, pool_config
+from dsmixer.adapters.importing import Pool, fill_bank, on_base, pool_config
 from dsmixer.config.schema import BaseConfig
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.experts.init import named_generator, normal_rows
@@ -36,6 +36,7 @@ def assemble_mixture(
         UserError: the base is not there or of a kind that can't be used, or an adapter does not fit it.
     """
     bare = bare_base(base)
+    pool = on_base(pool, bare)
     config = pool_config(pool, bare, targets, **options)
     blocks = {target.path: target.block for target in find_targets(bare, config.targets)}
 

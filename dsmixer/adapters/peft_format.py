@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from dsmixer.adapters.lora_config import CONFIG_FILE, is_adalora, read_adapter_config
 from dsmixer.adapters.low_rank_forms import KEY_PREFIX, LoraPair, pairs_of
+from dsmixer.adapters.memory import enough_memory
 from dsmixer.adapters.untrusted import shown
 from dsmixer.adapters.weight_files import SAFETENSORS, read_safetensors, read_weights
 from dsmixer.config.errors import UserError
@@ -138,7 +139,8 @@ def read_adapter(folder: str | Path) -> LoraAdapter:
     folder = Path(folder)
     config = read_adapter_config(folder)
     path, tensors = read_weights(folder, empty=is_adalora(config))
-    pairs = pairs_of(config, tensors, shown(folder / CONFIG_FILE), shown(path))
+    with enough_memory(shown(path)):
+        pairs = pairs_of(config, tensors, shown(folder / CONFIG_FILE), shown(path))
     plain = not is_adalora(config) and not config.get("enable_lora") and path.name == SAFETENSORS
     keys = {f"{KEY_PREFIX}{own}.lora_{part}.weight" for own in pairs for part in "AB"}
     return LoraAdapter(folder, config, pairs, verbatim=plain and keys == set(tensors))

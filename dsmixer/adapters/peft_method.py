@@ -12,13 +12,17 @@ base_model.model.PATH.router.weight     [E, D], where the projection owns a rout
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dsmixer.adapters.card import USE, model_card, usage
 from dsmixer.adapters.peft_format import (
     CONFIG_FILE,
     KEY_PREFIX,
@@ -38,8 +42,14 @@ IN_FILE, IN_FOLDERS = "adapter_model", "experts"
 
 ROUTER = ".router.weight"
 
+CARD_FILE = "README.md"
+BLANK, OURS = "[More Information Needed]", "Made with dsmixer"
+"""What the cards say that PEFT makes, and ours."""
+PICTURE = re.compile(r"\]\(([\w.-]+\.png)\)")
+
 OF_PEFT = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
 OF_TRAINING = ("inference_mode", "weights_in", "train", "rsl")
+OF_BASE = ("model_type", "dtype", "quantization", "double_quantization")
 """Keys of ``adapter_config.json`` that say nothing about the mixture itself."""
 
 
@@ -58,6 +68,7 @@ def write_for_peft(folder: Path, description: Mapping[str, Any], task_type: str)
         "revision": description["base"]["revision"],
         "inference_mode": True,
         "weights_in": IN_FOLDERS,
+        **{key: description["base"][key] for key in OF_BASE if key in description["base"]},
         **description["mixer"],
     }
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -86,7 +97,8 @@ def read_saved_by_peft(folder: Path) -> tuple[dict[str, Any], MixerConfig]:
     path = folder / CONFIG_FILE
     values = json.loads(path.read_text(encoding="utf-8"))
     base = {"model": values.get("base_model_name_or_path"), "revision": values.get("revision")}
-    mixer = {key: value for key, value in values.items() if key not in (*OF_PEFT, *OF_TRAINING)}
+    base |= {key: values[key] for key in OF_BASE if values.get(key) is not None}
+    mixer = {key: value for key, value in values.items() if key not in (*OF_PEFT, *OF_TRAINING, *OF_BASE)}
     try:
         return base, MixerConfig.from_dict(mixer)
     except UserError:
@@ -150,7 +162,7 @@ def check_saved(mixture: Mixture, tensors: Mapping[str, torch.Tensor], where: st
         tensors: by name in the model.
 
     Raises:
-        UserError: a weight is missing, strange or of another shape.
+        UserError: a weight is missing, strange, of another shape or not finite.
     """
     wanted = dict([*mixture.expert_parameters(), *mixture.router_parameters()])
     fix = "use the base model that the mixture was made on, and the whole folder"
@@ -163,6 +175,48 @@ def check_saved(mixture: Mixture, tensors: Mapping[str, torch.Tensor], where: st
         if tensors[name].shape != parameter.shape:
             problem = f"{name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}"
             raise UserError(problem, where=where, fix=fix)
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise UserError(f"{name} holds NaN or infinity", where=where, fix="save an earlier checkpoint")
+
+
+def write_card(folder: Path, facts: Mapping[str, Any], loaded_from: Path | None) -> None:
+    """Put the mixture's card in the place of the one that PEFT has begun; a card of the user's own stays.
+
+    Args:
+        folder: that PEFT has saved.
+        facts: as ``card.model_card`` takes them.
+        loaded_from: the folder that the weights are from: what its card says holds for them. None: they were
+            trained since.
+    """
+    path, source = folder / CARD_FILE, None if loaded_from is None else loaded_from / CARD_FILE
+    if not path.is_file() or not any(sign in path.read_text(encoding="utf-8") for sign in (BLANK, OURS)):
+        return
+    facts = {**facts, "in_folders": False}
+    text = model_card(facts)
+    before = source.read_text(encoding="utf-8") if source is not None and source.is_file() else ""
+    if OURS in before and USE in before:
+        text = f"{before.partition(USE)[0]}{USE}\n\n{usage(facts)}"
+        for picture in set(PICTURE.findall(text)):
+            if source is not None and (source.parent / picture).is_file() and source.parent != folder:
+                shutil.copyfile(source.parent / picture, folder / picture)
+    path.write_text(text, encoding="utf-8")
+
+
+def check_file(folder: Path) -> None:
+    """Refuse a folder of PEFT's without its weights, or with a file of them that is cut.
+
+    Raises:
+        UserError: names the folder.
+    """
+    path, fix = folder / WEIGHTS_FILE, "copy the whole folder again"
+    if not path.is_file():
+        raise UserError(f"the folder has no {WEIGHTS_FILE}", where=str(folder), fix=fix)
+    try:
+        # the header is held against the file's size, and no weight is read
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't be read: {error}", where=str(path), fix=fix) from error
 
 
 def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from dsmixer.adapters.mixture_folder import (
     is_mixture_folder,
     read_description,
 )
+from dsmixer.adapters.outside_peft import not_applied_by_peft
 from dsmixer.adapters.peft_format import CONFIG_FILE as ADAPTER_CONFIG
 from dsmixer.adapters.peft_format import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from dsmixer.adapters.peft_format import write_adapter
@@ -189,6 +190,10 @@ def _card(draft: Draft) -> str:
         "targets": config.targets,
         "routing": mode,
         "experts": experts,
+        "task_type": _task_type(draft.source),
+        "not_applied": not_applied_by_peft(
+            draft.about.get("model_type"), (f"{target}_proj" for target in config.targets)
+        ),
     }
     lines = "".join(f"- {line}\n" for line in draft.history)
     return (

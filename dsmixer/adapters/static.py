@@ -19,6 +19,7 @@ import torch
 from dsmixer.adapters.card import front_matter, plain_table
 from dsmixer.adapters.mixture_folder import CARD_FILE, stored_transposed, task_type
 from dsmixer.adapters.module_names import base_module_names, shortest_names
+from dsmixer.adapters.outside_peft import check_applied_by_peft
 from dsmixer.adapters.peft_format import write_adapter
 from dsmixer.adapters.publish import published
 from dsmixer.config.errors import UserError
@@ -35,6 +36,17 @@ def pruned(weights_ME: torch.Tensor, min_weight: float) -> torch.Tensor:
     """The weights without the experts whose mean over routers is below ``min_weight``; the others' stay."""
     kept_E = weights_ME.mean(0) >= min_weight
     return weights_ME * kept_E
+
+
+def model_type(mixture: Mixture) -> str | None:
+    """transformers' name of the kind of model that a mixture is on."""
+    found: str | None = getattr(getattr(mixture.model, "config", None), "model_type", None)
+    return found
+
+
+def carrying(mixture: Mixture) -> list[str]:
+    """The projections where some expert has an output."""
+    return [path for path, mixer in mixture.mixers.items() if bool(mixer.bank.lora_B.any())]
 
 
 def kept_experts(mixture: Mixture, weights_ME: torch.Tensor) -> list[str]:
@@ -85,10 +97,12 @@ def write_static(
         facts: what was measured: ``task``, ``mixture``, ``weights`` and ``losses``, see ``card_text``.
 
     Raises:
-        UserError: something is in the folder already, the disk refuses, or nothing would be merged.
+        UserError: something is in the folder already, the disk refuses, nothing would be merged, or PEFT
+            could not apply it.
     """
     matrices = static_matrices(mixture, weights_ME)
     rank = next(iter(matrices.values()))[0].shape[0]
+    check_applied_by_peft(model_type(mixture), matrices, str(folder))
     base = about.get("model")
     with published(folder, may_replace=lambda _: False) as part:
         inner = part / "adapter"

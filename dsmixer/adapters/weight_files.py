@@ -1,23 +1,25 @@
 """The tensors of a file that a stranger wrote: safetensors, or a pickle of which nothing is executed.
 
-What a header declares is held against the size of the file, and that against the memory of the machine,
-before anything is allocated.
+What a header declares is held against the size of the file, and what it is as float32 against the memory that
+is free, before anything is allocated.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dsmixer.adapters.memory import check_memory, enough_memory
 from dsmixer.adapters.untrusted import SAVE_AGAIN, parse_json, printable, regular_size, shown
 from dsmixer.config.errors import UserError
 
@@ -26,6 +28,15 @@ PICKLE = "adapter_model.bin"
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_PICKLE_BYTES = 8 * 2**20
 AS_SAFETENSORS = "load it in PEFT where you trust it and save it again: save_pretrained writes safetensors"
+READABLE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Types whose numbers are the weights themselves, by the names that safetensors gives them."""
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 UNPICKLING = (
@@ -63,18 +74,28 @@ def read_safetensors(path: Path, *, empty: bool = False) -> dict[str, torch.Tens
         empty: whether a tensor may be empty.
 
     Raises:
-        UserError: the file is not there or damaged, or a tensor is empty, not of floating point, or not
-            finite.
+        UserError: the file is not there, damaged or larger than the memory that is free, or a tensor is
+            empty, not of floating point, or not finite.
     """
-    size = _fitting_size(path)
-    try:
+    size = _size(path)
+    with enough_memory(shown(path)), _told_of_damage(path):
         _check_header(path, size)
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            declared = {key: (own.get_dtype(), own.get_shape()) for key, own in slices.items()}
+            _check_declared(path, declared, empty)
+            return _as_float32(path, ((key, file.get_tensor(key)) for key in declared))
+
+
+@contextmanager
+def _told_of_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         problem = f"the file is damaged or cut short ({printable(str(error))})"
         raise UserError(problem, where=shown(path), fix="copy or save it again") from error
-    return _checked(path, tensors, empty)
 
 
 def _check_header(path: Path, size: int) -> None:
@@ -94,10 +115,10 @@ def read_pickle(path: Path, *, empty: bool = False) -> dict[str, torch.Tensor]:
         empty: whether a tensor may be empty.
 
     Raises:
-        UserError: it asks for anything but tensors, is damaged, or a tensor is empty, not of floating
-            point, or not finite.
+        UserError: it asks for anything but tensors, is damaged or larger than the memory that is free, or a
+            tensor is empty, not of floating point, or not finite.
     """
-    size = _fitting_size(path)
+    size = _size(path)
     _check_archive(path, size)
     try:
         # mapped, so that a storage is a part of the file and can't be larger than it
@@ -115,7 +136,14 @@ def read_pickle(path: Path, *, empty: bool = False) -> dict[str, torch.Tensor]:
         problem = f"the pickle holds a {type(values).__name__}, not tensors by name"
         raise UserError(problem, where=shown(path), fix=AS_SAFETENSORS)
     _check_storages(path, values, size)
-    return _checked(path, values, empty)
+    declared = {key: (_name_of(value.dtype), value.shape) for key, value in values.items()}
+    _check_declared(path, declared, empty)
+    with enough_memory(shown(path)):
+        return _as_float32(path, values.items())
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next((name for name, known in READABLE.items() if known == dtype), str(dtype))
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -152,29 +180,34 @@ def _check_storages(path: Path, values: Mapping[Any, Any], size: int) -> None:
         raise UserError("its tensors would be larger than the file", where=shown(path), fix=AS_SAFETENSORS)
 
 
-def _fitting_size(path: Path) -> int:
+def _size(path: Path) -> int:
     size = regular_size(path)
     if size is None:
         raise UserError("no such file", where=shown(path), fix=SAVE_AGAIN)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        problem = f"the file has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory"
-        raise UserError(problem, where=shown(path), fix="use a machine with more memory, or another adapter")
+    check_memory(size, shown(path))
     return size
 
 
-@torch.no_grad()
-def _checked(path: Path, tensors: Mapping[str, torch.Tensor], empty: bool) -> dict[str, torch.Tensor]:
-    def refuse(key: str, problem: str, fix: str) -> None:
-        raise UserError(f"{printable(key)} {problem}", where=shown(path), fix=fix)
+def _check_declared(path: Path, declared: Mapping[str, tuple[str, Sequence[int]]], empty: bool) -> None:
+    """Refuse tensors by their types and shapes, before they are read."""
+    for key, (kind, shape) in declared.items():
+        if kind not in READABLE:
+            problem = f"{printable(key)} is stored as {printable(kind)}, which can't be read"
+            fix = "save it again as float32, float16 or bfloat16"
+            raise UserError(problem, where=shown(path), fix=fix)
+        if 0 in shape and not empty:
+            fix = "save it again with gathered weights"
+            raise UserError(f"{printable(key)} is empty", where=shown(path), fix=fix)
+    check_memory(sum(4 * math.prod(shape) for _, shape in declared.values()), shown(path))
 
+
+@torch.no_grad()
+def _as_float32(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One after the other, so that a file is not in memory twice."""
     found: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            refuse(key, f"is {tensor.dtype}", "save it in floating point")
-        if tensor.numel() == 0 and not empty:
-            refuse(key, "is empty", "save it again with gathered weights")
+    for key, tensor in tensors:
         found[key] = tensor.detach().to(torch.float32, copy=True)
         if not torch.isfinite(found[key]).all():
-            refuse(key, "holds NaN or infinity", "use a sound adapter")
+            problem = f"{printable(key)} holds NaN or infinity"
+            raise UserError(problem, where=shown(path), fix="use a sound adapter")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,19 @@ from dsmixer.config.errors import UserError
 
 HELD_OUT = 0.2  # of the examples of a file; a domain has a test part
 EXAMPLES = 500
+OF_STATIC = {
+    "max_examples": EXAMPLES,
+    "min_weight": 0.0,
+    "max_length": None,
+    "batch_size": 8,
+    "seed": 0,
+    "base_model": None,
+    "transfer": False,
+    "dtype": None,
+    "quantization": None,
+    "device": None,
+}
+"""What only a static merge reads, with its defaults."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,7 +64,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--batch-size", type=_count, default=8, help="rows a forward pass (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of examples (default: 0)")
-    parser.add_argument("--license", metavar="ID", help="license in the card, as the hub names it")
+    parser.add_argument(
+        "--license", type=_license, metavar="ID", help="license in the card, as the hub names it"
+    )
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     parser.set_defaults(run=run)
 
@@ -65,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_free(args.out)
     mixture = find_mixture(args.folder)
+    _check(args, mixture)
     facts = _export_expert(mixture, args) if args.expert is not None else _export_static(mixture, args)
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -73,23 +90,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace, mixture: Path) -> None:
+    if args.out.resolve().is_relative_to(mixture.resolve()):
+        fix = "choose another folder: what lies in a mixture is gone when the mixture is written again"
+        raise UserError(f"it is inside the mixture {mixture}", where=f"--out {args.out}", fix=fix)
+    given = [name for name, default in OF_STATIC.items() if getattr(args, name) != default]
+    if args.expert is not None and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        fix = f"leave {flags} out, or use --static"
+        raise UserError("one expert is copied as it is, and no model is loaded", where="--expert", fix=fix)
+
+
 def _export_expert(mixture: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """A copy of one expert's two files, with a card."""
+    """One expert's two files, with a card."""
     from dsmixer.adapters.card import expert_card
     from dsmixer.adapters.mixture_folder import CARD_FILE
-    from dsmixer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+    from dsmixer.adapters.outside_peft import check_applied_by_peft
     from dsmixer.adapters.publish import published
     from dsmixer.adapters.saved_mixture import read_mixture
 
     saved = read_mixture(mixture)
-    folder = mixture / "experts" / args.expert
     if args.expert not in saved.config.experts:
         fix = f"choose from {', '.join(saved.config.experts)}"
         raise UserError(f"no expert is called {args.expert!r}", where="--expert", fix=fix)
-    if not folder.is_dir():
-        fix = "load it with dsmixer.load_mixture and write a mixture folder with dsmixer.save_mixture"
-        raise UserError("PEFT has saved all experts in one file", where=str(mixture), fix=fix)
     adapter = saved.pool.adapters[args.expert]
+    check_applied_by_peft(saved.about.get("model_type"), adapter.pairs, f"--expert {args.expert}")
     facts = {
         "expert": args.expert,
         "rank": adapter.rank,
@@ -98,15 +123,42 @@ def _export_expert(mixture: Path, args: argparse.Namespace) -> dict[str, Any]:
         "license": args.license,
     }
     with published(args.out, may_replace=lambda _: False) as part:
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(folder / file, part / file)
+        _write_expert(mixture, args.expert, adapter, part)
         (part / CARD_FILE).write_text(expert_card(facts), encoding="utf-8")
     return facts
 
 
+def _write_expert(mixture: Path, name: str, adapter: Any, part: Path) -> None:
+    """The expert's own files, bit for bit; made where PEFT has saved all experts in one file."""
+    from dsmixer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+
+    inner = mixture / "experts" / name
+    made = not inner.is_dir()
+    if made:
+        inner, about = part / "adapter", json.loads((mixture / CONFIG_FILE).read_text(encoding="utf-8"))
+        pairs = {path: (pair.a_RD, pair.b_OR) for path, pair in adapter.pairs.items()}
+        held = {path: pair for path, pair in pairs.items() if any(bool(matrix.any()) for matrix in pair)}
+        write_adapter(
+            inner,
+            held or pairs,
+            rank=adapter.config["r"],
+            alpha=adapter.config["lora_alpha"],
+            rslora=adapter.config["use_rslora"],
+            targets=sorted(held or pairs),
+            base=about.get("base_model_name_or_path"),
+            revision=about.get("revision"),
+            task_type=about.get("task_type") or "CAUSAL_LM",
+        )
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(inner / file, part / file)
+    if made:
+        shutil.rmtree(inner)
+
+
 def _export_static(mixture: Path, args: argparse.Namespace) -> dict[str, Any]:
     from dsmixer.adapters.mixture_folder import read_description
-    from dsmixer.adapters.static import kept_experts, pruned, write_static
+    from dsmixer.adapters.outside_peft import check_applied_by_peft
+    from dsmixer.adapters.static import carrying, kept_experts, model_type, pruned, write_static
     from dsmixer.data.encode import pad_token_id
     from dsmixer.evaluation.sheet import make_sheet
     from dsmixer.evaluation.static_weights import mean_weights, measure_gap
@@ -116,6 +168,8 @@ def _export_static(mixture: Path, args: argparse.Namespace) -> dict[str, Any]:
     # the data is read before the model, so that a mistake in it shows at once
     weighed_on, held_out, max_length = _task(mixture, args)
     model, tokenizer = load(args)
+    attached = mixture_of(model)
+    check_applied_by_peft(model_type(attached), carrying(attached), "--static")
     sheet = make_sheet(
         (weighed_on, held_out),
         tokenizer,
@@ -130,7 +184,6 @@ def _export_static(mixture: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.min_weight > 0:
         merges["static, pruned"] = pruned(weights_ME, args.min_weight)
     chosen = list(merges.values())[-1]
-    attached = mixture_of(model)
     kept = kept_experts(attached, chosen)
     if not kept:
         problem = f"every expert weighs less than {args.min_weight:g} on average"
@@ -177,9 +230,15 @@ def _domain_of_run(data: Any, args: argparse.Namespace, mixture: Path) -> Any:
     names = [] if data is None else [entry.name for entry in data.domains]
     if data is not None and (data.source is not None or args.static in names):
         entries = tuple(entry for entry in data.domains if entry.name == args.static)
-        for domain in load_domains(
-            data.model_copy(update={"domains": entries}), seed=args.seed, quarantine=None
-        ):
+        try:
+            domains = load_domains(
+                data.model_copy(update={"domains": entries}), seed=args.seed, quarantine=None
+            )
+        except UserError as error:
+            where_from = "a recipe's relative paths begin where the run was started: start this there too"
+            fix = f"{error.fix}; {where_from}" if error.fix else where_from
+            raise UserError(error.problem, where=error.where, fix=fix) from error
+        for domain in domains:
             if domain.name == args.static:
                 return domain
     known = f" or one of the domains {', '.join(names)}" if names else ""
@@ -208,6 +267,7 @@ def _parts(domain: Any, args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _print(facts: dict[str, Any], out: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from dsmixer.adapters.static import rank_note
@@ -215,7 +275,9 @@ def _print(facts: dict[str, Any], out: Path) -> None:
     console = Console()
     if "losses" in facts:
         weights = ", ".join(f"{name} {weight:.3f}" for name, weight in facts["weights"].items())
-        console.print(f"mean weights on {facts['num_weighed']} examples of {facts['task']}: {weights}")
+        console.print(
+            f"mean weights on {facts['num_weighed']} examples of {escape(facts['task'])}: {weights}"
+        )
         table = Table(title=f"on {facts['num_held_out']} held-out examples, nats a target token")
         for heading in ("method", "loss", "above the mixture", "difference of logits"):
             table.add_column(heading, justify="left" if heading == "method" else "right")
@@ -225,6 +287,12 @@ def _print(facts: dict[str, Any], out: Path) -> None:
             table.add_row(name, *cells, "" if difference is None else f"{difference:.2%}")
         console.print(table)
     print(f"{out}: rank {facts['rank']}{rank_note(facts['rank'])}")
+
+
+def _license(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no identifier of a license, such as apache-2.0")
+    return text
 
 
 def _count(text: str) -> int:

@@ -101,6 +101,7 @@ def _answer_prompt(args: argparse.Namespace) -> int:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
     model, tokenizer = _load(args)
     prompt_ids = _prompt_ids(prompt, model, tokenizer, args.chat, "--prompt")
+    _check_room(model, len(prompt_ids), args.max_new_tokens, "--max-new-tokens")
     ids = torch.tensor([prompt_ids], device=model.device)
     torch.manual_seed(args.seed)
     with _routed(model, args) as kept, torch.no_grad():
@@ -153,6 +154,8 @@ def _answer_file(args: argparse.Namespace) -> int:
         )
         for request in requests
     ]
+    for request, one in zip(requests, asked, strict=True):
+        _check_room(model, len(one.prompt_ids), one.max_new_tokens, f"{request.location}: max_new_tokens")
     torch.manual_seed(args.seed)
     written = answers(
         model,
@@ -189,6 +192,23 @@ def _prompt_ids(prompt: str, model: Any, tokenizer: Any, chat: bool, where: str)
     if not prompt or not ids:
         raise UserError("the prompt is empty", where=where, fix="give some text")
     return ids
+
+
+def _check_room(model: Any, num_prompt: int, max_new_tokens: int, where: str) -> None:
+    """Refuse what would run past the positions that the base has learned."""
+    from dsmixer.evaluation.answers import learned_positions
+
+    limit = learned_positions(model)
+    # the last token is written and never read
+    if limit is None or num_prompt + max_new_tokens - 1 <= limit:
+        return
+    left = limit - num_prompt + 1
+    problem = (
+        f"the prompt has {num_prompt} tokens, and with {max_new_tokens} more it is longer than the {limit} "
+        "that the base reads"
+    )
+    fix = f"give {left} or fewer (max_new_tokens)" if left > 0 else "give a shorter prompt"
+    raise UserError(problem, where=where, fix=fix)
 
 
 def _routed(model: Any, args: argparse.Namespace) -> Any:

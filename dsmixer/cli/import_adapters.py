@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--base-model", required=True, metavar="PATH_OR_ID", help="the base of the adapters")
     parser.add_argument("--out", required=True, type=Path, metavar="MIXTURE", help="the folder to make")
+    parser.add_argument("--replace", action="store_true", help="take the place of a mixture that is at --out")
     parser.add_argument("--revision", help="of the base model on the hub (default: its main one)")
     parser.add_argument(
         "--targets",
@@ -63,16 +64,17 @@ def run(args: argparse.Namespace) -> int:
     """Make the folder and say what is in it; 0 on success.
 
     Raises:
-        UserError: an adapter or the base can't be had, they do not fit, or something else is at ``--out``.
+        UserError: an adapter or the base can't be had, they do not fit, or something is at ``--out``.
     """
     from dsmixer.training.progress import quiet_libraries
 
     quiet_libraries()
-    from dsmixer.adapters.importing import base_mismatches, read_pool
+    from dsmixer.adapters.importing import base_mismatches, parts_left_out, read_pool
     from dsmixer.adapters.mixture_folder import save_mixture
     from dsmixer.adapters.new_mixture import assemble_mixture, tokenizer_of
     from dsmixer.config.schema import BaseConfig
 
+    _check_out(args.out, args.replace)
     base = BaseConfig(model=args.base_model, revision=args.revision)
     pool = read_pool(named_sources(args.adapters))
     mixture = assemble_mixture(
@@ -86,9 +88,29 @@ def run(args: argparse.Namespace) -> int:
     )
     tokenizer = tokenizer_of(base)
     save_mixture(mixture, args.out, tokenizer=tokenizer, base=args.base_model, revision=args.revision)
-    about = _about(args, pool, mixture, base_mismatches(pool, args.base_model))
+    config = mixture.model.config
+    # a folder has no revision
+    revision = None if Path(args.base_model).is_dir() else args.revision or "main"
+    notes = base_mismatches(pool, args.base_model, revision, config) + parts_left_out(pool, config)
+    about = _about(args, pool, mixture, notes)
     print(json.dumps(about, ensure_ascii=False) if args.json else "\n".join(_lines(about)))
     return 0
+
+
+def _check_out(folder: Path, replace: bool) -> None:
+    """Before anything is read; the routers of a mixture that is there may be trained.
+
+    Raises:
+        UserError: something is there, and is no mixture or is not to be replaced.
+    """
+    from dsmixer.adapters.mixture_folder import is_mixture_folder
+    from dsmixer.adapters.publish import check_free
+
+    is_mixture = is_mixture_folder(folder)
+    if is_mixture and not replace:
+        fix = "choose another folder, or give --replace to lose it"
+        raise UserError("a mixture is there already", where=str(folder), fix=fix)
+    check_free(folder, may_replace=lambda _: is_mixture)
 
 
 def named_sources(pairs: Iterable[str]) -> dict[str, str]:
@@ -108,7 +130,7 @@ def named_sources(pairs: Iterable[str]) -> dict[str, str]:
     return sources
 
 
-def _about(args: argparse.Namespace, pool: Pool, mixture: Mixture, mismatches: list[str]) -> dict[str, Any]:
+def _about(args: argparse.Namespace, pool: Pool, mixture: Mixture, notes: list[str]) -> dict[str, Any]:
     """What was made, as values that a program may read."""
     experts = []
     for name, adapter in pool.adapters.items():
@@ -129,7 +151,7 @@ def _about(args: argparse.Namespace, pool: Pool, mixture: Mixture, mismatches: l
         "projections": len(mixture.mixers),
         "routers": len(mixture.routers),
         "experts": experts,
-        "notes": mismatches,
+        "notes": notes,
     }
 
 

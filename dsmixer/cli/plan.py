@@ -118,6 +118,7 @@ def _cluster(args: argparse.Namespace, loaded: LoadedRecipe) -> Cluster:
 def _shape(args: argparse.Namespace, loaded: LoadedRecipe) -> ModelShape:
     from dsmixer.model.load import bare_base
     from dsmixer.model.shape import model_shape
+    from dsmixer.training.preflight import check_loss
     from dsmixer.training.progress import quiet_libraries
 
     quiet_libraries()
@@ -125,7 +126,9 @@ def _shape(args: argparse.Namespace, loaded: LoadedRecipe) -> ModelShape:
     base = recipe.base
     if args.model_config is not None:
         base = base.model_copy(update={"model": _config_folder(args.model_config), "revision": None})
-    return model_shape(bare_base(base, packing=recipe.data.packing), recipe.mixer.targets)
+    bare = bare_base(base, packing=recipe.data.packing)
+    check_loss(loaded, bare)
+    return model_shape(bare, recipe.mixer.targets)
 
 
 def _config_folder(path: Path) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from dsmixer.evaluation.generation import padded_prompts
 from dsmixer.evaluation.sharing import device_of
 from dsmixer.model.inject import route_to
 from dsmixer.routing.requests import Request
+
+POSITIONS = "wpe|(embed_)?positions?(_embeddings?)?"
+"""What models call the table of learned positions."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,16 @@ class Asked:
     prompt_ids: Sequence[int]
     to: Request
     max_new_tokens: int
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """The most tokens that a model with an embedding for each position can read; None: it has no such end."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    found = any(
+        isinstance(module, nn.Embedding) and re.fullmatch(POSITIONS, name.rpartition(".")[2])
+        for name, module in model.named_modules()
+    )
+    return limit if found and isinstance(limit, int) else None
 
 
 @torch.no_grad()
@@ -52,8 +67,7 @@ def answers(
     Yields:
         Tokens up to the request's own limit, its end token included.
     """
-    for first in range(0, len(asked), batch_size):
-        batch = asked[first : first + batch_size]
+    for batch in _batches(asked, batch_size, learned_positions(model)):
         limits = [one.max_new_tokens for one in batch]
         config = configured(max(limits))
         given = padded_prompts(
@@ -69,6 +83,20 @@ def answers(
         for row, limit in zip(output, limits, strict=True):
             written = row[given.written_from :][:limit].tolist()
             yield _until_end(written, config.eos_token_id)
+
+
+def _batches(asked: Sequence[Asked], batch_size: int, positions: int | None) -> Iterator[list[Asked]]:
+    """As many at a time as fit: a row that is done goes on being read until the longest of its batch is."""
+    batch: list[Asked] = []
+    for one in asked:
+        longer = [*batch, one]
+        read = max(len(each.prompt_ids) for each in longer) + max(each.max_new_tokens for each in longer) - 1
+        if batch and (len(batch) == batch_size or (positions is not None and read > positions)):
+            yield batch
+            longer = [one]
+        batch = longer
+    if batch:
+        yield batch
 
 
 def _until_end(written: list[int], ends: int | list[int] | None) -> list[int]:

@@ -210,7 +210,10 @@ def _check_kind(config: Any, base: BaseConfig) -> None:
             where=where,
             fix=f"choose one of {', '.join(sorted(ENCODER_DECODERS))}, or a causal language model",
         )
-    decoder_start(config)
+    try:
+        decoder_start(config)
+    except UserError as error:
+        raise UserError(f"{error.where}: {error.problem}", where=where, fix=error.fix) from error
     if kind in OTHER_RECURRENT:
         raise UserError(
             f"{kind} has recurrent layers of a kind that was never tried here",

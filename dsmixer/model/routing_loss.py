@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 
+from dsmixer.config.errors import UserError
 from dsmixer.losses.interface import RoutingLoss
 from dsmixer.losses.task import IGNORED
 from dsmixer.losses.usage import num_tokens
@@ -46,6 +48,7 @@ class RoutingInLoss:
         self.mixture, self.loss = mixture, loss
         self.last: torch.Tensor | None = None
         self._stack, self._active, self._asked = ExitStack(), False, False
+        self._awaited: ref[_Awaited] | None = None
         model = mixture.model
         # a base with routers of its own says so, and its trainer's weight is for them
         self._own_routers = hasattr(_text_config(model), ASKED)
@@ -77,6 +80,7 @@ class RoutingInLoss:
         self._active = model.training and torch.is_grad_enabled() and weighed and _labels(given) is not None
         self._active = self._active and context.routing.uses_router
         if self._active:
+            self._check_turn(model)
             num_routers = len(self.mixture.routers)
 
             def mean_of(output: RouterOutput, index: int) -> torch.Tensor:
@@ -99,7 +103,19 @@ class RoutingInLoss:
                 output.aux_loss = next(model.parameters()).new_zeros(())
             return output
         self.last = loss.detach()
+        awaited = _Awaited()
+        self._awaited = ref(awaited)
+        loss = _Watched.apply(loss, awaited)
         return self._joined(model, kwargs, output, loss)
+
+    def _check_turn(self, model: nn.Module) -> None:
+        """Layers that are run again in the backward pass have to find the batch of their own forward pass."""
+        awaited = self._awaited() if self._awaited is not None else None
+        if awaited is None or awaited.done:
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            fix = "call backward after each forward pass, or turn gradient checkpointing off"
+            raise UserError("a second training pass before the first one's backward pass", fix=fix)
 
     def _joined(self, model: nn.Module, kwargs: dict[str, Any], output: Any, loss: torch.Tensor) -> Any:
         share = _share(model, kwargs)
@@ -112,6 +128,26 @@ class RoutingInLoss:
             own = getattr(output, "aux_loss", None)
             output.aux_loss = loss / weight if own is None else own + loss / weight
         return output
+
+
+class _Awaited:
+    """A backward pass that is to come; it lives as long as the graph that it would go through."""
+
+    done = False
+
+
+class _Watched(torch.autograd.Function):
+    """The identity, which tells when the backward pass comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, awaited: _Awaited) -> torch.Tensor:
+        ctx.awaited = awaited
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.awaited.done = True
+        return grad, None
 
 
 def _text_config(model: nn.Module) -> Any:

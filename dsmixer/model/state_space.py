@@ -18,8 +18,11 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers import DynamicCache
 
+from dsmixer.config.errors import UserError
 from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.placement.groups import read_outside
 
@@ -28,6 +31,7 @@ KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 _KERNELS = ("causal_conv1d_fn", "causal_conv1d_update", "apply_mask_to_padding_states")
 _SELECTIVE_KERNELS = (*_KERNELS, "mamba_selective_scan", "mamba_selective_state_update")
+_CACHE = ("get_conv_state", "get_recurrent_state", "is_recording_past")
 _STEP_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
 
 
@@ -89,11 +93,14 @@ def _read_uncalled(mixer: Any) -> list[nn.Parameter]:
 
 def _check_parts(mixer: nn.Module) -> None:
     """Another version of transformers may name its parts otherwise: told here, not computed wrongly."""
-    wanted = _SELECTIVE_KERNELS if hasattr(mixer, "dt_proj") else ()
-    missing = [name for name in wanted if not hasattr(_defined_in(mixer), name)]
-    assert not missing, (
-        f"{type(mixer).__module__} has no {', '.join(missing)} in this version of transformers"
-    )
+    if not hasattr(mixer, "dt_proj"):
+        return
+    missing = [name for name in _SELECTIVE_KERNELS if not hasattr(_defined_in(mixer), name)]
+    missing += [name for name in _CACHE if not hasattr(DynamicCache, name)]
+    if missing:
+        problem = f"transformers {transformers.__version__} has no {', '.join(missing)}"
+        fix = "use a version from 5.21 on that has them, or targets: [in]"
+        raise UserError(problem, where=type(mixer).__name__, fix=fix)
 
 
 def _defined_in(mixer: nn.Module) -> Any:

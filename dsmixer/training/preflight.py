@@ -61,8 +61,12 @@ def _check_positions(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
         )
 
 
-def _check_loss(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
-    """Refuse a loss on what an encoder reads."""
+def check_loss(loaded: LoadedRecipe, bare: PreTrainedModel) -> None:
+    """Refuse a loss on what an encoder reads.
+
+    Raises:
+        UserError: ``data.loss`` is ``all`` and the base has an encoder.
+    """
     if loaded.recipe.data.loss == "all" and is_encoder_decoder(bare.config):
         raise UserError(
             "the base reads prompts in its encoder, which predicts nothing",
@@ -98,7 +102,7 @@ def read_inputs(loaded: LoadedRecipe, quarantine: Path | None, device: torch.dev
     recipe = loaded.recipe
     bare = bare_base(recipe.base, packing=recipe.data.packing)
     _check_positions(loaded, bare)
-    _check_loss(loaded, bare)
+    check_loss(loaded, bare)
     targets = [target.path for target in find_targets(bare, recipe.mixer.targets)]
     check_packing_works(recipe.base.quantization, device)
     _check_paged(loaded, device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dsmixer.adapters.importing import Pool, base_mismatches
+from dsmixer.adapters.importing import Pool, base_mismatches, parts_left_out
 from dsmixer.checkpoint.atomic import write_json
 from dsmixer.config.batch import check_world
 from dsmixer.config.ds_json import deepspeed_config, with_zero_stage
@@ -230,8 +230,10 @@ def _set_up(
     once(world, lambda: write_json(folder.plan, plan.to_dict()))
     if plan.chosen.fits is False:
         _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
-    for line in base_mismatches(start.pool, recipe.base.model) if start.pool is not None else ():
-        _say(world, f"note: {line}")
+    if start.pool is not None:
+        notes = base_mismatches(start.pool, recipe.base.model, config=base.model.config)
+        for line in notes + parts_left_out(start.pool, base.model.config):
+            _say(world, f"note: {line}")
     _announce(world, data, mixture, counts, plan, time.perf_counter() - began)
     state = RunState(planned, taken, checkpoints, world, mixture, data, stop_request, request.ds_path, lock)
     size = plan.expert_parallel_size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from dsmixer.adapters.importing import Pool, check_paths, check_scales, fill_bank, read_pool
+from dsmixer.adapters.importing import Pool, check_paths, check_scales, fill_bank, on_base, read_pool
 from dsmixer.adapters.saved_mixture import SavedMixture, check_base, copy_router, read_mixture
 from dsmixer.config.from_mixture import mixture_folder
 from dsmixer.config.schema import Recipe
@@ -69,7 +69,7 @@ def read_start(recipe: Recipe, bare: PreTrainedModel, targets: Sequence[str]) ->
         start = Start(saved.pool, saved)
     else:
         folders = {spec.name: spec.path for spec in recipe.mixer.experts or () if spec.path is not None}
-        start = Start(read_pool(folders) if folders else None)
+        start = Start(on_base(read_pool(folders), bare) if folders else None)
     if start.pool is not None:
         check_paths(start.pool, bare, targets)
     return start

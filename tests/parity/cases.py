@@ -133,6 +133,7 @@ def _short() -> Iterator[Case]:
     yield from _encoder_decoder()
     yield from _state_space()
     yield from _routing_losses()
+    yield from _feed_forward()
     yield Case("hard_oracle", 2, (zero(2), *HARD_ORACLE))
     yield Case("hard_oracle_nf4", 2, (zero(2), *HARD_ORACLE, "base.quantization=nf4"))
     yield Case("hard_oracle_gpt2", 2, (zero(1), *HARD_ORACLE), kind="gpt2", commands=((1,),))
@@ -154,6 +155,16 @@ def _routing_losses() -> Iterator[Case]:
     yield Case("terms_stopped", 2, (*spread.overrides, TERMS), options={"stop_at": [[2, 3]]})
 
 
+FEED_FORWARD = [Layout(2, "replicate", 2), Layout(2, "tokens", 1, 2), Layout(2, "weights", 3)]
+
+
+def _feed_forward() -> Iterator[Case]:
+    """Experts on the feed-forward part too, gate and up on one router."""
+    for layout in FEED_FORWARD:
+        roles = ("mixer.targets=[q, v, gate, up, down]", "mixer.router=per_block")
+        yield Case(f"mlp_{layout.name}", 2, (*both(max_steps=3), *roles, *layout.overrides))
+
+
 def _encoder_decoder() -> Iterator[Case]:
     """T5, its embedding tied to its head, and Flan-T5's shape; all of them on two ranks, in one launch."""
     for layout in SIDES_SHORT:
@@ -165,10 +176,11 @@ def _encoder_decoder() -> Iterator[Case]:
     one, spread, cut = SIDES_SHORT[0], Layout(2, "tokens", 1, 2), Layout(2, "weights", 3)
     few = (*both(max_steps=3), UNPACKED)
     for layout in (one, spread):
-        overrides = (*few, *layout.overrides, "mixer.router=per_block", CHECKPOINTED)
+        all_roles = "mixer.targets=[q, k, v, o, up, down]"
+        overrides = (*few, *layout.overrides, "mixer.router=per_block", CHECKPOINTED, all_roles)
         yield Case(f"t5_block_{layout.name}", 2, overrides, kind="t5")
-    for layout in (one, cut):
-        packed = (*few, *layout.overrides, "base.quantization=nf4")
+    for layout in (one, cut, spread):
+        packed = (*few, *layout.overrides, "base.quantization=nf4", "mixer.targets=[q, v, gate, up, down]")
         yield Case(f"flan_nf4_{layout.name}", 2, packed, kind="flan")
     imported = (*few, *cut.overrides, "stage1.enabled=false", "stage2.experts=frozen")
     source = {"adapters": f"t5_{one.name}", "finish": True}

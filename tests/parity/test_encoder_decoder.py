@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from parity.cases import SIDES_SHORT, Layout
-from peft import PeftModel
+from peft import AutoPeftModelForSeq2SeqLM, PeftModel
 from support.comparing import distance
 from support.launching import TIMEOUT_SECONDS
 from support.oracles import Steps
 from transformers import AutoModelForSeq2SeqLM
 
+import dsmixer.peft  # noqa: F401
 from dsmixer import load_mixture, route_to
 from dsmixer.config.recipe import load_recipe
 from dsmixer.evaluation.methods import evaluate_mixture
@@ -32,6 +33,7 @@ PAIRS = [
     *((name, FIRST) for name in OTHERS),
     (f"t5_block_{SPREAD.name}", f"t5_block_{SIDES_SHORT[0].name}"),
     (f"flan_nf4_{CUT.name}", f"flan_nf4_{SIDES_SHORT[0].name}"),
+    (f"flan_nf4_{SPREAD.name}", f"flan_nf4_{SIDES_SHORT[0].name}"),
 ]
 PUBLISHED = (FIRST, "t5_imported")
 
@@ -96,6 +98,22 @@ def test_a_published_mixture_scores_as_the_live_model_did(runs: Any, name: str) 
     live = _live_scores(runs, name)
     assert found.keys() == live.keys() and len(found) > 20
     assert all(live[key] == pytest.approx(value, rel=1e-4) for key, value in found.items())
+
+
+def test_what_a_run_published_opens_in_peft_with_the_same_logits(runs: Any) -> None:
+    folder = runs[FIRST].folder / "mixture"
+    ours, _ = load_mixture(folder)
+    theirs = AutoPeftModelForSeq2SeqLM.from_pretrained(folder, dtype=ours.dtype).eval()
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        "input_ids": torch.randint(3, 260, (2, 9), generator=draw),
+        "labels": torch.randint(3, 260, (2, 5), generator=draw),
+    }
+    with torch.no_grad():
+        want = ours(**given).logits
+        assert torch.equal(theirs(**given).logits, want)
+        with theirs.disable_adapter():
+            assert not torch.allclose(theirs(**given).logits, want, atol=1e-3)
 
 
 def test_each_published_expert_computes_the_same_in_peft(runs: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity.cases import LONG, ROUTINGS
+from parity.cases import FEED_FORWARD, LONG, ROUTINGS
 from support.comparing import WEIGHTS, distance, moved_share, relative, same_bits
 from support.launching import TIMEOUT_SECONDS
 
@@ -29,6 +29,15 @@ def test_zero_stage_and_world_size_change_neither_losses_nor_norms_nor_weights(r
     apart = distance(runs[name], reference, runs.start(name))
     print(f"{name}: {apart}")
     assert apart.within(), str(apart)
+
+
+@pytest.mark.parametrize("name", [f"mlp_{layout.name}" for layout in FEED_FORWARD[1:]])
+def test_experts_on_the_feed_forward_part_train_the_same_wherever_they_are(runs: Any, name: str) -> None:
+    first = f"mlp_{FEED_FORWARD[0].name}"
+    apart = distance(runs[name], runs[first], runs.start(first))
+    print(f"{name}: {apart}")
+    assert apart.within(), str(apart)
+    assert any(".gate_proj." in key for key in runs[name].tensors(2))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

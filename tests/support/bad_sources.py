@@ -147,14 +147,27 @@ def _(site: Site) -> tuple[list[str], list[str]]:
     return site.train(), [site.place("no-model"), "base.model", "no model configuration", "config.json"]
 
 
-@case("base that is not causal")
+@case("base of an encoder and a decoder of another kind")
 def _(site: Site) -> tuple[list[str], list[str]]:
-    site.change(str(site.bases / "llama"), str(site.bases / "t5"))
+    site.data("bart/config.json", '{"model_type": "bart", "is_encoder_decoder": true}')
+    site.change(str(site.bases / "llama"), f"{site.root}/bart")
+    return site.train(), [
+        site.place("bart"),
+        "base.model",
+        "bart is an encoder-decoder model",
+        "choose one of",
+    ]
+
+
+@case("base whose decoder starts from nowhere")
+def _(site: Site) -> tuple[list[str], list[str]]:
+    site.data("t5/config.json", '{"model_type": "t5", "decoder_start_token_id": null}')
+    site.change(str(site.bases / "llama"), f"{site.root}/t5")
     return site.train(), [
         site.place("t5"),
         "base.model",
-        "t5 is an encoder-decoder model",
-        "choose a causal language model",
+        "from which token its decoder starts",
+        "padding token",
     ]
 
 

@@ -31,7 +31,9 @@ from support.sound_adapter import (
     WIDTH,
     Hostile,
     Tensors,
+    sound_config,
     sound_weights,
+    write_config,
 )
 
 
@@ -40,7 +42,8 @@ def hostile() -> Iterator[Hostile]:
     for family, says in (
         (_cut, "damaged or cut short|is no archive"),
         (_headers, "damaged or cut short|holds no weights|of memory"),
-        (_tensors, r"holds NaN|is torch\.|is empty|not of rank|the adapter maps"),
+        (_tensors, "holds NaN|is stored as|is empty|not of rank|the adapter maps"),
+        (_bombs, "GB of memory|no list|the factors of"),
         (
             _keys,
             "no lora_A or lora_B|no module|no linear|whole weight|mixes|bias|embedding|no weights|no lora_B",
@@ -54,7 +57,7 @@ def hostile() -> Iterator[Hostile]:
         (texts, "as JSON|no JSON object|bytes long"),
         (_files, "no regular|link|no such folder|folder has no|damaged or cut short|can't be looked|as JSON"),
         (_names, "can't be the name of an expert"),
-        (_pickles, r"the pickle|archive|no plain tensor|is torch\.complex|larger than the file"),
+        (_pickles, "the pickle|archive|no plain tensor|is stored as|larger than the file"),
     ):
         for case in family():
             yield replace(case, says=says)
@@ -129,7 +132,10 @@ def _raw(folder: Path, header: Any, data: bytes, length: int | None = None) -> N
 
 def _sparse(folder: Path, _: Path) -> None:
     size = 2**40
-    header = {FIRST: {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    _holes(folder, {FIRST: {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}, size)
+
+
+def _holes(folder: Path, header: Any, size: int) -> None:
     _raw(folder, header, b"")
     with (folder / SAFETENSORS).open("r+b") as file:
         file.truncate((folder / SAFETENSORS).stat().st_size + size)
@@ -166,6 +172,27 @@ def _tensors() -> Iterator[Hostile]:
         _weights(lambda t: {**t, FIRST: t[FIRST].repeat(2, 1), FIRST_B: t[FIRST_B].repeat(1, 2)}),
     )
     yield Hostile("outputs of another width", _weights(lambda t: {**t, FIRST_B: t[FIRST_B].repeat(2, 1)}))
+
+
+def _bombs() -> Iterator[Hostile]:
+    """Small files that would be large in memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def merged(rank: int, enabled: list[bool], shapes: tuple[list[int], list[int]]) -> Callable[..., object]:
+        def write(folder: Path, _: Path) -> None:
+            write_config(folder, {**sound_config(), "r": rank, "enable_lora": enabled})
+            names = zip((FIRST, FIRST_B), shapes, strict=True)
+            save_file({name: torch.ones(shape) for name, shape in names}, folder / SAFETENSORS)
+
+        return write
+
+    many = [True] + [False] * 500_000
+    yield Hostile("a projection of half a million parts", merged(1, many, ([1, 4], [1_024, 1, 1])))
+    grouped = merged(65_536, [True], ([65_536, 1], [65_536, 1, 1]))
+    yield Hostile("a convolution of as many groups as ranks", grouped)
+    half = memory // 2
+    tiny = {FIRST: {"dtype": "F8_E4M3", "shape": [2, half // 2], "data_offsets": [0, half // 2 * 2]}}
+    yield Hostile("eight bits a number, half of the memory", lambda f, _: _holes(f, tiny, half // 2 * 2))
 
 
 def _weights(change: Callable[[Tensors], Tensors]) -> Callable[[Path, Path], object]:

@@ -17,11 +17,12 @@ def numbers() -> Iterator[Hostile]:
     """Ranks and scales that can't be."""
     for rank in (0, -2, 1, 3, 10**9, 10**30, 2.0, 2.5, "2", True, None, [2], {"r": 2}):
         yield settings(f"r {rank!r}", r=rank)
-    for alpha in (0, -4, 1e300, 10**400, "4", True, None, [4], {}):
+    for alpha in (0, -0.0, -1e300, 1e300, 10**400, "4", True, None, [4], {}):
         yield settings(f"alpha {str(alpha)[:9]!r}", lora_alpha=alpha)
     for name in ("rank_pattern", "alpha_pattern"):
-        for value in ([2], "q_proj", 3, {"q_proj": "2"}, {"q_proj": 0}, {"q_proj": -1}, {"q_proj": True}):
+        for value in ([2], "q_proj", 3, {"q_proj": "2"}, {"q_proj": 0}, {"q_proj": True}):
             yield settings(f"{name} {value!r}", **{name: value})
+    yield settings("a negative rank", rank_pattern={"q_proj": -1})
     yield settings("a rank_pattern that lies", rank_pattern={"q_proj": 7})
     yield settings("a rank_pattern of 10,000", rank_pattern={f"layer_{i}": 2 for i in range(10_000)})
 

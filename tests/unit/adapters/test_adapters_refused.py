@@ -142,7 +142,7 @@ def test_empty_weights_are_refused(adapter, load_base):
 def test_integer_weights_are_refused(adapter, load_base):
     folder = adapter()
     edit_weights(folder, lambda t: {k: v.to(torch.int8) for k, v in t.items()})
-    refused(load_base, folder, "torch.int8")
+    refused(load_base, folder, "stored as I8")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -4])

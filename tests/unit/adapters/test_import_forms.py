@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.found_adapters import enabled_thirds, outputs_with, tiny, train_by_chance
+from support.found_adapters import SMALL, enabled_thirds, outputs_with, tiny, train_by_chance
 from torch import nn
 
 from dsmixer.adapters.importing import import_adapters
@@ -254,3 +254,75 @@ def test_one_pool_holds_all_forms_with_their_own_ranks_scales_and_layers(tmp_pat
     bank = mixture.mixers["model.layers.0.self_attn.v_proj"].bank
     held = [name for e, name in enumerate(bank.names) if bank.lora_A[e].any() or bank.lora_B[e].any()]
     assert held == ["plain", "ranks"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": -6},
+        {"lora_alpha": 6, "alpha_pattern": {"v_proj": -3}},
+        {"init_lora_weights": "Gaussian"},
+    ],
+)
+def test_a_negative_alpha_and_a_start_in_capitals_are_as_in_peft(
+    options: Mapping[str, Any], tmp_path: Path
+) -> None:
+    adapted = trained(tmp_path / "law", **options)
+    close(imported(tmp_path / "law"), logits(adapted))
+    # and in a mixture's folder
+    model = tiny("llama")
+    save_mixture(import_adapters(model, {"law": tmp_path / "law"}), tmp_path / "mixture")
+    again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "mixture" / "experts" / "law").eval()
+    close(logits(again), logits(adapted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_are_read_in_each_type_of_floating_point(dtype: torch.dtype, tmp_path: Path) -> None:
+    trained(tmp_path / "law")
+    rewrite(tmp_path / "law", lambda tensors: {key: own.to(dtype) for key, own in tensors.items()})
+    as_stored = load_file(tmp_path / "law" / "adapter_model.safetensors")
+    pairs = read_adapter(tmp_path / "law").pairs
+    for path, pair in pairs.items():
+        for part, own in (("A", pair.a_RD), ("B", pair.b_OR)):
+            stored = as_stored[f"base_model.model.{path}.lora_{part}.weight"]
+            assert own.dtype == torch.float32 and torch.equal(own, stored.to(torch.float32))
+
+
+def test_scales_stored_as_weights_are_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    rewrite(tmp_path, lambda ts: {key: own.abs().to(torch.float8_e8m0fnu) for key, own in ts.items()})
+    with pytest.raises(UserError, match="stored as F8_E8M0, which can't be read"):
+        read_adapter(tmp_path)
+
+
+def test_lora_on_a_convolution_is_refused_as_one(tmp_path: Path) -> None:
+    trained(tmp_path, "clip", target_modules=["q_proj", "patch_embedding"])
+    with pytest.raises(UserError, match="patch_embedding is a convolution"):
+        read_adapter(tmp_path)
+
+
+def test_names_of_earlier_transformers_are_read_as_peft_reads_them(tmp_path: Path) -> None:
+    adapted = trained(tmp_path / "law", "paligemma", target_modules=r".*language_model.*(q_proj|up_proj)")
+    now, then = "model.language_model.layers", "language_model.model.layers"
+    rewrite(tmp_path / "law", lambda tensors: {key.replace(now, then): own for key, own in tensors.items()})
+    assert all(path.startswith(then) for path in read_adapter(tmp_path / "law").pairs)
+    inputs = SMALL["paligemma"][1]
+    model = tiny("paligemma")
+    mixture = import_adapters(model, {"law": tmp_path / "law"})
+    again = peft.PeftModel.from_pretrained(tiny("paligemma"), tmp_path / "law").eval()
+    with torch.no_grad():
+        with route_to(model, "law"):
+            ours = outputs_with(model, inputs)
+        close(ours, outputs_with(adapted, inputs))
+        close(ours, outputs_with(again, inputs))
+        assert (ours - outputs_with(tiny("paligemma"), inputs)).abs().max() > 1e-3
+    save_mixture(mixture, tmp_path / "mixture")
+    assert all(path.startswith(now) for path in read_adapter(tmp_path / "mixture/experts/law").pairs)
+
+
+def test_names_that_no_release_had_stay_refused(tmp_path: Path) -> None:
+    trained(tmp_path, "paligemma", target_modules=r".*language_model.*q_proj")
+    now, never = "model.language_model.layers", "language_model.model.blocks"
+    rewrite(tmp_path, lambda tensors: {key.replace(now, never): own for key, own in tensors.items()})
+    with pytest.raises(UserError, match="this base has no module language_model.model.blocks"):
+        import_adapters(tiny("paligemma"), {"law": tmp_path})

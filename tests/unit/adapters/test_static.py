@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import dsmixer.peft  # noqa: F401
 from dsmixer.adapters.mixture_folder import save_mixture
 from dsmixer.adapters.static import pruned, static_matrices, write_static
 from dsmixer.cli.main import main
@@ -147,7 +150,9 @@ def test_one_expert_is_copied_bit_for_bit(published_mixture, tmp_path, capsys):
     ("change", "told"),
     [
         ({"--static": "nowhere"}, "no file and no domain"),
-        ({"--static": None, "--expert": "art"}, "no expert is called 'art'"),
+        ({"--static": None, "--device": None, "--expert": "art"}, "no expert is called 'art'"),
+        ({"--static": None, "--expert": "law"}, "leave --device out"),
+        ({"--out": "mixture/experts/mean"}, "inside the mixture"),
         ({"--out": "taken"}, "something else is there already"),
         ({"FOLDER": "taken"}, "neither a mixture nor a run folder"),
         ({"--static": "single.jsonl"}, "there is one example"),
@@ -172,6 +177,51 @@ def test_bad_input_is_one_message_and_nothing_is_written(change, told, published
     error = capsys.readouterr().err
     assert told in error and error.count("dsmixer: error:") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("license", ["mit\nbase_model: other/one", "a: b", ""])
+def test_a_license_is_one_word_of_the_front_matter(license, published_mixture, tmp_path, capsys):
+    command = ["export", str(published_mixture[0]), "--expert", "law", "--out", str(tmp_path / "one")]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--license", license])
+    assert "no identifier of a license" in capsys.readouterr().err and not (tmp_path / "one").exists()
+    assert main([*command, "--license", "cc-by-nc-sa-4.0"]) == 0
+    assert ModelCard.load(tmp_path / "one" / "README.md").data.license == "cc-by-nc-sa-4.0"
+
+
+def test_a_task_may_be_called_like_markup(published_mixture, tmp_path, capsys):
+    folder, task = published_mixture
+    odd = task.rename(task.with_name("[red]task[b].jsonl"))
+    command = ["export", str(folder), "--static", str(odd), "--out", str(tmp_path / "s"), "--device", "cpu"]
+    assert main(command) == 0
+    assert "[red]task[b].jsonl" in "".join(capsys.readouterr().out.split("\n"))
+
+
+def test_a_domain_with_relative_paths_says_where_to_start_from(
+    published_mixture, tmp_path, monkeypatch, capsys
+):
+    folder, _ = published_mixture
+    domain = {"name": "law", "train": "data/law.jsonl"}
+    recipe = {"run": {"name": "r"}, "base": {"model": "base"}, "data": {"domains": [domain]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    command = ["export", str(folder), "--static", "law", "--out", "s", "--device", "cpu"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "data/law.jsonl" in error and "begin where the run was started" in error
+
+
+def test_one_expert_of_what_peft_saved_is_that_expert(published_mixture, load_base, token_ids, tmp_path):
+    opened = PeftModel.from_pretrained(load_base("llama"), published_mixture[0])
+    opened.save_pretrained(tmp_path / "saved")
+    command = ["export", str(tmp_path / "saved"), "--expert", "go", "--out", str(tmp_path / "one")]
+    assert main(command) == 0
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    plain = PeftModel.from_pretrained(load_base("llama"), tmp_path / "one")
+    want = PeftModel.from_pretrained(load_base("llama"), published_mixture[0] / "experts" / "go")
+    with torch.no_grad():
+        assert torch.equal(plain(token_ids).logits, want(token_ids).logits)
 
 
 def test_projections_that_no_expert_has_are_left_out(make_mixture, tmp_path):

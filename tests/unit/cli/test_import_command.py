@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,46 @@ def test_json_holds_the_same(made: Path, tmp_path: Path, capsys: Any) -> None:
     assert chess["ranks"] == [6] and chess["scales"] == [pytest.approx(9 / 6**0.5)]
 
 
-def test_a_mixture_is_replaced_and_nothing_else_is(made: Path, tmp_path: Path, capsys: Any) -> None:
-    for _ in range(2):
-        assert main(command(made, tmp_path / "mixture")) == 0
+def test_a_mixture_is_replaced_if_asked_for_and_nothing_else_is(
+    made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(command(made, tmp_path / "mixture")) == 0
+    routers = tmp_path / "mixture" / "routers.safetensors"
+    before = routers.read_bytes()
+    # refused before the adapters are looked at
+    again = command(made, tmp_path / "mixture", "--seed", "7")
+    assert main(["import", "nobody=nowhere", *again[1:]]) == 2
+    told = capsys.readouterr().err
+    assert "a mixture is there already" in told and "--replace" in told and "nowhere" not in told
+    assert routers.read_bytes() == before
+    assert main([*again, "--replace"]) == 0
+    assert routers.read_bytes() != before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "one.txt").write_text("years of work")
-    assert main(command(made, tmp_path / "thesis")) == 2
-    assert "something else is there already" in capsys.readouterr().err
+    for more in ([], ["--replace"]):
+        assert main(command(made, tmp_path / "thesis", *more)) == 2
+        assert "something else is there already" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["one.txt"]
+
+
+def test_another_base_and_parts_left_out_are_told_in_the_text_and_in_json(
+    made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    law = tmp_path / "law"
+    shutil.copytree(made / "law", law)
+    config = json.loads((law / "adapter_config.json").read_text())
+    (law / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "someone/another-7b"})
+    )
+    (law / "non_lora_trainables.bin").write_bytes(b"never opened")
+    arguments = ["import", f"law={law}", "--base-model", str(made / "base"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "note: the adapter law says that it was trained on someone/another-7b" in out
+    assert "note: the adapter law has weights that were trained besides the adapter" in out
+    assert main([*arguments, "--replace", "--json"]) == 0
+    base, left = json.loads(capsys.readouterr().out)["notes"]
+    assert "someone/another-7b" in base and "non_lora_trainables.bin" in left
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ def shannon(p: Tensor) -> Tensor:
     return -(p * p.log()).sum(-1)
 
 
+def multiclass_hinge(z: Tensor, y: Tensor) -> Tensor:
+    """All rows train: the token's own logit against the best of the others."""
+    costs = [
+        torch.relu(1 + max(z[t, j] for j in range(z.shape[1]) if j != y[t]) - z[t, y[t]])
+        for t in range(len(y))
+        if y[t] >= 0
+    ]
+    return torch.stack(costs).sum() / len(y)
+
+
 Plain = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # (name, settings): the formula of (logits, p, labels, outputs)
@@ -165,6 +175,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Plain]] = {
         {},
         lambda z, p, y, o: 50 * -(p[range(len(y)), y].log() * (y >= 0)).mean(),
     ),
+    "supervised_margin": ("supervised_margin", {}, lambda z, p, y, o: 50 * multiclass_hinge(z, y)),
 }
 
 PARAMETERS = list(CASES)

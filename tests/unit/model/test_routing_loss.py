@@ -7,6 +7,7 @@ import torch
 from support.tiny import CONFIGS
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from dsmixer.config.errors import UserError
 from dsmixer.losses.rsl import RoutingSpecializationLoss
 from dsmixer.model.inject import attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
@@ -163,3 +164,29 @@ def test_behind_an_encoder_each_router_has_its_own_tokens():
     real = {14: mask.flatten().bool(), 6: (labels != -100).flatten()}
     parts = [closed_form([one], real[len(one[1])]) for one in seen]
     torch.testing.assert_close(in_loss.last.double(), torch.stack(parts).mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_under_checkpointing_a_second_pass_waits_for_the_first_ones_backward(batch):
+    mixture = mixture_on(causal())
+    model = mixture.model.train()
+    RoutingInLoss(mixture, loss_of())
+    other = {key: value[:2] for key, value in batch.items()}
+    for given in (batch, other):
+        model(**given).loss.backward()
+    wanted = [router.weight.grad.clone() for router in mixture.routers.values()]
+    model.zero_grad()
+    # nothing is run again without checkpointing: both at once are fine
+    (model(**batch).loss + model(**other).loss).backward()
+    for router, want in zip(mixture.routers.values(), wanted, strict=True):
+        torch.testing.assert_close(router.weight.grad, want, rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+    first = model(**batch).loss
+    with pytest.raises(UserError, match="second training pass"):
+        model(**other)
+    del first  # a pass that was given up is waited for no longer
+    model.zero_grad()
+    for given in (batch, other):
+        model(**given).loss.backward()
+    for router, want in zip(mixture.routers.values(), wanted, strict=True):
+        torch.testing.assert_close(router.weight.grad, want, rtol=1e-4, atol=1e-6)

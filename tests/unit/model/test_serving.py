@@ -7,7 +7,7 @@ import torch
 from support.tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 
-from dsmixer import MixerConfig, UserError, attach_mixers, ready_to_serve
+from dsmixer import MixerConfig, UserError, attach_mixers, ready_to_serve, save_mixture
 
 
 def small(dtype):
@@ -32,6 +32,19 @@ def test_weights_in_the_bases_dtype_give_the_same_logits_bit_for_bit(dtype, rout
     assert {parameter.dtype for _, parameter in parameters} == {dtype}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_what_is_ready_to_serve_is_no_longer_saved(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small(dtype)
+        mixture = attach_mixers(model, MixerConfig(targets=("q",), experts=("a", "b"), rank=4))
+        ready_to_serve(model)
+        if dtype == torch.float32:  # nothing was lost
+            save_mixture(mixture, tmp_path / "m", base="org/base")
+            continue
+        with pytest.raises(UserError, match="float32 digits are gone"):
+            save_mixture(mixture, tmp_path / "lost", base="org/base")
+        assert not (tmp_path / "lost").exists()
 
 
 def test_a_model_without_mixers_is_refused():

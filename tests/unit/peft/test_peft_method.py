@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -21,10 +22,12 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from support.peft_mixtures import stir
+from support.peft_mixtures import SETTINGS, stir
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
     MambaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -176,7 +179,11 @@ def strange(tensors):
     tensors["base_model.model.model.layers.1.self_attn.v_proj.telepathy"] = torch.zeros(2)
 
 
-@pytest.mark.parametrize("harm", [lose, narrow, strange])
+def poison(tensors):
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.bank.lora_B"][1, 0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("harm", [lose, narrow, strange, poison])
 def test_weights_that_are_not_the_mixtures_are_refused_by_both(harm, made, base, tmp_path):
     made().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / MODEL)
@@ -186,6 +193,73 @@ def test_weights_that_are_not_the_mixtures_are_refused_by_both(harm, made, base,
         PeftModel.from_pretrained(bare(base), tmp_path)
     with pytest.raises(UserError):
         load_mixture(tmp_path)
+
+
+def test_a_file_that_is_cut_or_gone_is_refused_by_both(made, base, tmp_path):
+    made().save_pretrained(tmp_path)
+    whole = (tmp_path / MODEL).read_bytes()
+    (tmp_path / MODEL).write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        with pytest.raises(UserError, match="safetensors"):
+            PeftModel.from_pretrained(bare(base), tmp_path)
+        with pytest.raises(UserError, match="safetensors"):
+            load_mixture(tmp_path)
+        (tmp_path / MODEL).unlink(missing_ok=True)
+
+
+def test_a_mixture_folder_is_not_loaded_over_a_mixture(made, base, tmp_path):
+    model = made()
+    save_mixture(mixture_of(model), tmp_path / "m", base=str(base))
+    with pytest.raises(UserError, match="over a mixture"):
+        model.load_adapter(tmp_path / "m", "default")
+
+
+@pytest.mark.parametrize("name", ["law/civil", "../law", ""])
+def test_an_experts_name_is_a_folders_name_from_the_start(name, made, tmp_path):
+    with pytest.raises(UserError, match="can't be the name of an expert"):
+        MixerConfig(targets=["q"], experts=[name, "b"])
+    made().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"law"', json.dumps(name)))
+    with pytest.raises(UserError, match="can't be the name of an expert"):
+        load_mixture(tmp_path)
+
+
+def test_the_form_of_the_base_is_kept_and_another_one_is_told(made, base, tmp_path):
+    made().save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    assert (values["model_type"], values["dtype"], values["quantization"]) == ("llama", "float32", "none")
+    save_mixture(mixture_of(made()), tmp_path / "m", base=str(base))
+    of_folder = json.loads((tmp_path / "m" / "adapter_config.json").read_text())
+    assert of_folder["quantization"] == "none" and of_folder["dtype"] == "float32"
+    path.write_text(json.dumps({**values, "quantization": "nf4", "dtype": "bfloat16"}))
+    with pytest.warns(UserWarning, match="quantization is none, and the mixture was made on nf4"):
+        opened = PeftModel.from_pretrained(bare(base), tmp_path / "saved")
+    opened.save_pretrained(tmp_path / "again")
+    kept = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (kept["quantization"], kept["dtype"]) == ("nf4", "bfloat16")
+
+
+def test_what_peft_saves_has_our_card_and_a_loaded_folders_own(made, base, tmp_path):
+    model = made()
+    model.save_pretrained(tmp_path / "fresh")
+    card = (tmp_path / "fresh" / "README.md").read_text()
+    assert "| law | 4 | 8 |" in card and "More Information Needed" not in card and "experts/law" not in card
+    facts = {"limits": ["Never asked about whales."], "pictures": {"routing.png": b"a picture"}}
+    save_mixture(mixture_of(model), tmp_path / "m", base=str(base), facts=facts)
+    PeftModel.from_pretrained(bare(base), tmp_path / "m").save_pretrained(tmp_path / "kept")
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert "whales" in card and "experts/law" not in card and card.count("## Use") == 1
+    assert (tmp_path / "kept" / "routing.png").read_bytes() == b"a picture"
+    # what may have been trained on is another mixture than the card was written for
+    trained = PeftModel.from_pretrained(bare(base), tmp_path / "m", is_trainable=True)
+    trained.save_pretrained(tmp_path / "trained")
+    assert "whales" not in (tmp_path / "trained" / "README.md").read_text()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("# Mine\n")
+    model.save_pretrained(tmp_path / "own")
+    assert "# Mine" in (tmp_path / "own" / "README.md").read_text()
 
 
 def test_what_a_mixture_can_not_be_is_refused_with_the_way_out(made, base, tmp_path):
@@ -258,3 +332,36 @@ def test_experts_inside_a_state_space_mixer_act_and_are_switched_off(ids):
     with model.disable_adapter():
         torch.testing.assert_close(logits(model, ids), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(model.unload(), ids), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_in_four_bits_comes_back_in_four_bits(ids, tmp_path):
+    torch.manual_seed(0)
+    wide = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    AutoModelForCausalLM.from_config(wide, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    options = {"quantization_config": packing, "dtype": torch.bfloat16}
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    model = get_peft_model(packed, MixerConfig(**SETTINGS))
+    stir(mixture_of(model))
+    want = logits(model, ids)
+    model.save_pretrained(tmp_path / "saved")
+    save_mixture(mixture_of(model), tmp_path / "m", base=str(tmp_path / "base"))
+    for folder in (tmp_path / "saved", tmp_path / "m"):
+        ours, _ = load_mixture(folder)
+        assert type(next(iter(mixture_of(ours).mixers.values())).base).__name__.endswith("Linear4bit")
+        torch.testing.assert_close(logits(ours, ids), want, rtol=0.02, atol=0.02)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*quantization")
+            theirs = AutoPeftModelForCausalLM.from_pretrained(folder, **options)
+        assert torch.equal(logits(theirs, ids), want)
+        with pytest.warns(UserWarning, match="quantization is none, and the mixture was made on nf4"):
+            AutoPeftModelForCausalLM.from_pretrained(folder)
