@@ -66,6 +66,18 @@ AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelF
 """transformers' class of a base, by PEFT's task type."""
 
 
+LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *(?P<license>[\w.-]+) *\n")
+
+
+def license_of(card: Path) -> str | None:
+    """The licence that a card names; None where there is no card, or it names none."""
+    try:
+        found = LICENSE.match(card.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found["license"] if found else None
+
+
 def model_card(facts: Mapping[str, Any]) -> str:
     """The text of ``README.md``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from dsmixer.adapters.importing import fill_experts
+from dsmixer.adapters.importing import BaseMismatchWarning, fill_experts
 from dsmixer.adapters.mixture_folder import CONFIG_FILE
 from dsmixer.adapters.saved_mixture import check_base, fill_routers, read_mixture
+from dsmixer.adapters.sources import another_base
 from dsmixer.config.errors import UserError
 from dsmixer.model.inject import attach_mixers
 from dsmixer.model.load import model_class
@@ -54,6 +56,10 @@ def load_mixture(
     about = saved.about
     source, revision = _base_source(folder, about, base)
     packing = _packing(about, quantization)
+    if not transfer and another_base(about.get("model"), str(base) if base is not None else None):
+        text = f"the mixture was made on {about['model']}, and {base} is taken with the mixture's tokenizer"
+        told = f"{text}; transfer=True takes the tokenizer of the base"
+        warnings.warn(told, BaseMismatchWarning, stacklevel=2)
     model = _load_base(source, revision, dtype or about.get("dtype"), attention, packing, device)
     check_base(saved, model, transfer=transfer)
     mixture = attach_mixers(model, saved.config)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsmixer import __version__
-from dsmixer.adapters.card import model_card
+from dsmixer.adapters.card import license_of, model_card
 from dsmixer.adapters.importing import Pool
 from dsmixer.adapters.mixture_folder import (
     CARD_FILE,
@@ -186,6 +186,7 @@ def _card(draft: Draft) -> str:
     mode = f"{routing.mode}, K={routing.top_k}" if routing.mode in ("topk", "hard_soft") else routing.mode
     facts = {
         "base": draft.about.get("model"),
+        "license": license_of(draft.source / CARD_FILE),
         "dsmixer_version": __version__,
         "targets": config.targets,
         "routing": mode,

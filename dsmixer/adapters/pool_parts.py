@@ -54,15 +54,17 @@ def renamed(draft: Draft, names: Mapping[str, str]) -> Draft:
 
 
 def check_free(draft: Draft, name: str, taken: Iterable[str]) -> None:
-    """Raises ``UserError`` where a name is taken."""
-    if name in taken:
+    """Raises ``UserError`` where a name is taken, also in other letters: it is a folder's name too."""
+    if name.lower() in {other.lower() for other in taken}:
         fix = "give it another name, or remove or rename that one first (merge: --prefix)"
         raise UserError(f"an expert is called {name!r} already", where=str(draft.source), fix=fix)
 
 
 def top_k_of(draft: Draft) -> int | None:
-    """K as it is: what was left to the number of experts must not change with it."""
+    """K as it is: what was left to the number of experts must not change with it, unless that was one."""
     config = draft.config
+    if config.top_k is None and len(config.experts) == 1:
+        return None
     return config.top_k if config.top_k is not None else config.default_routing().top_k
 
 

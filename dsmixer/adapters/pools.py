@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dsmixer.adapters.importing import Pool, base_mismatches, check_expert_name, read_pool
+from dsmixer.adapters.importing import Pool, base_mismatches, check_expert_name, parts_left_out, read_pool
 from dsmixer.adapters.mixture_folder import CONFIG_FILE
 from dsmixer.adapters.peft_format import WEIGHTS_FILE
 from dsmixer.adapters.pool_draft import Draft, open_draft, write_draft
@@ -81,6 +81,7 @@ def add_experts(
     notes = [
         f"{', '.join(names)}: the rows of the routers are new; {RETRAIN}",
         *base_mismatches(pool, draft.about.get("model")),
+        *parts_left_out(pool, None),
     ]
     if new:
         notes.append(f"mixers added on {some(new)}, where the other experts contribute nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def published(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[
         UserError: something else is there.
         RefusedError: the disk refuses the writing.
     """
+    folder = Path(os.path.abspath(folder))  # "." has no name to write beside
     check_free(folder, may_replace=may_replace)
     part = folder.with_name(f".{folder.name}.part")
     previous = folder.with_name(f".{folder.name}.previous")
@@ -56,7 +58,9 @@ def check_free(folder: Path, *, may_replace: Callable[[Path], bool] = lambda _: 
     Raises:
         UserError: names the folder.
     """
-    if folder.is_symlink() or (folder.exists() and not _is_free(folder) and not may_replace(folder)):
+    if folder.is_symlink():
+        raise UserError("it is a link", where=str(folder), fix="give the folder that it points to")
+    if folder.exists() and not _is_free(folder) and not may_replace(folder):
         raise UserError("something else is there already", where=str(folder), fix="choose another folder")
 
 

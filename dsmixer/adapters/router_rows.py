@@ -17,16 +17,16 @@ NOISE = 1e-3
 
 
 def mean_rows(weight_ED: torch.Tensor, num_new: int, std: float, generator: torch.Generator) -> torch.Tensor:
-    """The mean of the rows that are there, but for a thousandth of their spread.
+    """The mean of the rows that are there, but for a thousandth of their spread; of one row, for ``std``.
 
     The logit of a new expert is then the mean of the others' logits at every token, and its probability their
     geometric mean: at most 1/(E+1), and next to nothing where the router is sure. It does not depend on what
     is added to all rows alike, which changes no probability.
     """
     mean_D = weight_ED.mean(0)
-    spread = (weight_ED - mean_D).square().mean().sqrt()
+    spread = float((weight_ED - mean_D).square().mean().sqrt())
     noise_ND = torch.empty(num_new, weight_ED.shape[1]).normal_(generator=generator)
-    return mean_D + NOISE * spread * noise_ND
+    return mean_D + (NOISE * spread if spread > 0 else std) * noise_ND
 
 
 def zero_rows(weight_ED: torch.Tensor, num_new: int, std: float, generator: torch.Generator) -> torch.Tensor:

@@ -171,10 +171,13 @@ def misfits(saved: SavedMixture, model: nn.Module) -> Iterator[str]:
                 told = width_out if width_out is not None else "?"
                 yield f"{path}: {width_in} to {told} in the mixture, {found[0]} to {found[1]} in the base"
     try:
-        targets = [target.path for target in find_targets(model, saved.config.targets)]
+        targets = find_targets(model, saved.config.targets)
     except UserError as error:
         yield error.problem
         return
-    for path in targets:
-        if path not in wanted:
-            yield f"{path}: in the base, and the mixture has nothing for it"
+    # a projection that no expert has weights for stands in the files only by the router that it shares
+    shared = saved.config.router == "per_block"
+    routed = {target.block for target in targets if shared and target.path in saved.routers}
+    for target in targets:
+        if target.path not in wanted and target.block not in routed:
+            yield f"{target.path}: in the base, and the mixture has nothing for it"

@@ -13,7 +13,7 @@ from dsmixer.losses.rsl import RoutingSpecializationLoss
 from dsmixer.losses.terms import RoutingTerms, published
 
 KEY = "stage2.routing_loss"
-ABOVE_ZERO = ("smooth_temperature", "epsilon", "width", "rate")
+ABOVE_ZERO = ("smooth_temperature", "epsilon", "width", "rate", "margin", "own")
 
 
 def routing_terms(stage: Stage2Config) -> RoutingTerms:

@@ -22,9 +22,10 @@ class SupervisedMarginLoss(PlainLoss):
         elsewhere:   max(0, margin + z_e - z_(K))                  for each expert e != y whose row trains
 
     ``z_(K)`` is the K-th largest logit of the experts whose rows do not train (the least, where they are
-    fewer). Below it e is not among the K chosen, and what the token gets is bit for bit what it got without
-    e. A cross-entropy pulls for ever on tokens that are right already, and is content with a small
-    probability, which is often enough for a place among the K; a hinge is nought where nothing is lost.
+    fewer). Below it e is not among the K chosen, and under ``topk`` with renormalised weights what the token
+    gets is bit for bit what it got without e; other modes give every probability its part. A cross-entropy
+    pulls for ever on tokens that are right already, and is content with a small probability, which is often
+    enough for a place among the K; a hinge is nought where nothing is lost.
 
     Where all rows train there is nothing to stay below, and the first line alone is left: the multiclass
     hinge of Crammer and Singer (2001). A token without a label (-1) adds nothing, and still counts in the

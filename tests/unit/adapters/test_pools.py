@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsmixer.adapters.importing import BaseMismatchWarning, import_adapters
 from dsmixer.adapters.loading import load_mixture
 from dsmixer.adapters.mixture_folder import read_description, save_mixture
 from dsmixer.adapters.pool_facts import pool_facts
@@ -281,3 +283,66 @@ def test_an_adapter_of_other_widths_and_mixtures_of_other_kinds_are_refused(
     (source / "experts" / "law" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="the expert law is not whole"):
         remove_experts(source, ["chess"], tmp_path / "less")
+
+
+def test_a_block_whose_experts_leave_a_projection_out_is_saved_loaded_and_changed(
+    load_base, base_folder, adapter, token_ids, tmp_path
+):
+    """The router of the block stands in the files by the projection that owns it; k has no weights there."""
+    few, _ = adapter(token_ids, "few")
+    all_four, _ = adapter(token_ids, "all", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = load_base("llama")
+    mixture = import_adapters(
+        model, {"few": few, "all": all_four}, targets=["q", "k", "v", "o"], router="per_block"
+    )
+    save_mixture(mixture, tmp_path / "both", base=str(base_folder("llama")))
+    wanted = logits(tmp_path / "both", token_ids, "few")
+    remove_experts(tmp_path / "both", ["all"], tmp_path / "one")
+    # o has a block of its own, and nobody has weights there any more; k shares the router of q and v
+    assert torch.equal(logits(tmp_path / "one", token_ids, "few"), wanted)
+
+
+def test_a_mixture_of_one_grows_to_rows_that_differ_and_a_router_that_can_learn(
+    saved, adapter, token_ids, tmp_path
+):
+    source = saved(experts=["law"], ranks={}, alphas={})
+    first, second = (adapter(token_ids, name)[0] for name in ("one", "two"))
+    add_experts(source, {"chess": first, "math": second}, tmp_path / "grown")
+    for rows in routers_of(tmp_path / "grown").values():
+        assert rows.unique(dim=0).shape[0] == 3
+    assert read_description(tmp_path / "grown")[1].default_routing().top_k == 3
+
+
+def test_names_that_differ_by_case_alone_are_taken(saved, adapter, token_ids, tmp_path):
+    folder, _ = adapter(token_ids)
+    with pytest.raises(UserError, match="'LAW' already"):
+        add_experts(saved(), {"LAW": folder}, tmp_path / "grown")
+
+
+def test_a_mixture_is_changed_from_inside_its_folder(saved, tmp_path, monkeypatch):
+    source = saved()
+    monkeypatch.chdir(source)
+    rename_experts(".", {"law": "laws"}, ".", in_place=True)
+    assert "laws" in read_description(source)[1].experts
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UserError, match="it is a link"):
+        rename_experts(source, {"laws": "law"}, tmp_path / "link", in_place=True)
+
+
+def test_another_base_of_the_same_kind_is_told(saved, base_folder, tmp_path):
+    other = shutil.copytree(base_folder("llama"), tmp_path / "another-llama")
+    with pytest.warns(BaseMismatchWarning, match="another-llama"):
+        load_mixture(saved(), base=other)
+
+
+def test_a_licence_stays_and_what_lies_beside_an_adapter_is_told(
+    saved, make_mixture, base_folder, adapter, token_ids, tmp_path
+):
+    mixture = make_mixture("llama", experts=["law", "chess"], rank=6, alpha=3.5)
+    base = str(base_folder("llama"))
+    source = save_mixture(mixture, tmp_path / "m", base=base, facts={"license": "apache-2.0"})
+    folder, _ = adapter(token_ids)
+    (folder / "value_head.bin").write_bytes(b"trained")
+    changed = add_experts(source, {"go": folder}, tmp_path / "grown")
+    assert any("value_head.bin" in note for note in changed.notes)
+    assert "\nlicense: apache-2.0\n" in (tmp_path / "grown" / "README.md").read_text()
