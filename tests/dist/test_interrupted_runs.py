@@ -84,7 +84,7 @@ def test_a_run_stopped_and_killed_twice_ends_bit_for_bit_as_one_left_alone(inter
     alone, broken = interrupted.record("alone"), interrupted.record("broken")
     same_bits(broken, alone)
     files = sorted(path.relative_to(alone.folder) for path in alone.folder.glob("mixture/**/*.safetensors"))
-    assert len(files) == 1 + 3
+    assert len(files) == 1 + 3 + 1, "routers, three experts, and the empty file that PEFT asks for"
     for file in files:
         assert (broken.folder / file).read_bytes() == (alone.folder / file).read_bytes(), file
     left = [path.name for path in broken.folder.glob("checkpoints/*/*") if not path.name.startswith("step-")]

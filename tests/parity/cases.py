@@ -192,7 +192,7 @@ def _encoder_decoder() -> Iterator[Case]:
 def state_space_layouts(kind: str) -> list[Layout]:
     """Where each kind is trained on two ranks; all are compared with the first, which oracles hold."""
     first = [Layout(2, "replicate", 2), Layout(2, "weights", 3), Layout(2, "tokens", 1, 2)]
-    return [*first, Layout(2, "tokens", 3, 2)] if kind == "falcon_mamba" else first
+    return [*first, Layout(2, "tokens", 3, 2)] if LONG and kind == "falcon_mamba" else first
 
 
 def four_bit_scans() -> list[str]:

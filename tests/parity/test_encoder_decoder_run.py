@@ -1,4 +1,7 @@
-"""Flan-T5's shape, as a user runs it: trained, scored by what it writes, published, and imported."""
+"""Flan-T5's shape, as a user runs it: trained, scored by what it writes, published, and imported.
+
+Two launches of two minutes, so by hand: DSMIXER_LONG=1.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
+from parity.cases import LONG
 from support.launching import REPOSITORY, TIMEOUT_SECONDS, launch
 from support.tiny import write_base
 
 from dsmixer.cli.main import main
 
-pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
+pytestmark = [
+    pytest.mark.timeout(TIMEOUT_SECONDS),
+    pytest.mark.skipif(not LONG, reason="long: DSMIXER_LONG=1"),
+]
 
 LETTERS = string.ascii_lowercase[:8]
 ANSWERS = {
