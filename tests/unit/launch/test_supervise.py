@@ -34,7 +34,8 @@ ends) exit "$2" ;;
 fails-once) exit $(( $(wc -l <"$FOLDER/starts") == 1 )) ;;
 *)
     trap 'exit 75' TERM
-    [[ "$RANK" == 0 ]] && echo >"$FOLDER/ready"
+    # ready once both would hear a signal
+    if [[ "$RANK" == 0 ]]; then read -r <"$FOLDER/up"; echo >"$FOLDER/ready"; else echo >"$FOLDER/up"; fi
     read -r <"$FOLDER/never"
     ;;
 esac
@@ -49,7 +50,7 @@ class Wrapper:
         for name, text in (("launcher", LAUNCHER), ("rank", RANK)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
-        for name in ("ready", "never"):
+        for name in ("up", "ready", "never"):
             os.mkfifo(folder / name)
 
     def start(self, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -124,7 +125,9 @@ def test_a_stop_file_has_the_effect_of_a_signal(wrapper: Wrapper) -> None:
     stop.touch()
     assert "told 2 ranks" in process.communicate()[1] and process.returncode == 75
     code, errors = wrapper.run("ends", "1", flags=("--stop-file", str(stop)))
-    assert (code, wrapper.starts) == (1, 2) and "restart" not in errors, "nothing starts again"
+    # the ranks of a start beside a stop file may be told before they have ended by themselves
+    assert code in (1, 128 + signal.SIGTERM) and wrapper.starts == 2, "nothing starts again"
+    assert "restart" not in errors
 
 
 def test_ranks_that_a_launcher_leaves_behind_are_ended_and_the_end_counts_as_failed(wrapper: Wrapper) -> None:
