@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from parity.cases import EXPERT_FAULTS, PLACED_LIKE, placed_cases
+from parity.cases import PLACED_LIKE, expert_faults, placed_cases
 from support.comparing import distance
 from support.launching import TIMEOUT_SECONDS
 
@@ -48,7 +48,7 @@ def test_the_reference_clips_and_lacks_a_domain_in_some_step(runs: Any) -> None:
     assert max(steps) == 10 and min(steps) < 10, "an expert without tokens is left as it is"
 
 
-@pytest.mark.parametrize("fault", EXPERT_FAULTS)
+@pytest.mark.parametrize("fault", expert_faults())
 def test_a_wrong_scale_among_owners_is_seen_by_this_comparison(runs: Any, fault: str) -> None:
     """Gradients of an expert's owners not added up, counted once an owner, or preserve once a rank."""
     apart = distance(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,17 +33,19 @@ from dsmixer.training.moments import Keep
 from dsmixer.training.optimizer import AdamSettings
 
 BUCKET = 8192
+LONG = os.environ.get("DSMIXER_LONG") == "1"
 CASES = [
-    *((stage, trained) for stage in range(4) for trained in ("experts", "all")),
-    (2, "routers"),
+    *((stage, "all") for stage in range(4)),
+    (3, "experts"),
     (3, "routers"),
+    *([*((stage, "experts") for stage in range(3)), (2, "routers")] if LONG else []),
 ]
 SPREAD = {
     "ep4": ((0, 1), (1,), (2,), (3, 4)),
     "ep2": ((0, 1), (1, 2, 3, 4)),
 }
 """Experts of the ranks of a group: some hold more than others, and one expert has several owners."""
-SPREAD_STAGES = (1, 2, 3)
+SPREAD_STAGES = (1, 2, 3) if LONG else (1, 3)
 ELSEWHERE = {
     "offload1": (1, AdamSettings(), ("offload_optimizer",)),
     "offload2": (2, AdamSettings(), ("offload_optimizer",)),
@@ -50,6 +53,8 @@ ELSEWHERE = {
     "eight_bit1": (1, AdamSettings(keep=Keep("8bit")), ()),
     "eight_bit3": (3, AdamSettings(keep=Keep("8bit")), ()),
 }
+if not LONG:
+    ELSEWHERE = {name: ELSEWHERE[name] for name in ("offload1", "offload3", "eight_bit3")}
 """ZeRO stage, optimizer and what DeepSpeed keeps on the host; of all that trains in stage two."""
 EXPERTS = ("a", "b", "c", "d", "e")
 MIXER: dict[str, Any] = {"targets": ["q", "k", "v", "o"], "experts": EXPERTS, "rank": 8, "top_k": 2}
