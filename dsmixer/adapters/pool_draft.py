@@ -193,7 +193,8 @@ def _card(draft: Draft) -> str:
         "experts": experts,
         "task_type": _task_type(draft.source),
         "not_applied": not_applied_by_peft(
-            draft.about.get("model_type"), (f"{target}_proj" for target in config.targets)
+            draft.about.get("model_type"),
+            (target if "." in target else f"{target}_proj" for target in config.targets),
         ),
     }
     lines = "".join(f"- {line}\n" for line in draft.history)

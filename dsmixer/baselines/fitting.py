@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ class Fit:
     batch_size: int
     learning_rate: float
     warmup_ratio: float = 0.0
-    scheduler: str = "constant"
+    scheduler: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 0.0
     clip: float | None = None
 

@@ -1,15 +1,21 @@
-"""``dsmixer evaluate``: score a mixture against its base, each expert alone and the uniform mixture."""
+"""``dsmixer evaluate``: a mixture against its base and its experts, other methods, or lm-eval tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsmixer.cli.loading import add_model_arguments, find_mixture, load
 from dsmixer.config.errors import UserError
+
+METHOD_FLAGS = ("method_settings", "train_examples", "seed")
+DATA_FLAGS = ("data", "max_examples", "max_length", "max_new_tokens", "no_exact_match")
+TASK_FLAGS = ("answered_as", "include_path", "limit", "num_fewshot", "run_generated_code")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,9 +25,19 @@ def add_parser(subparsers: Any) -> None:
         help="score a mixture on held-out examples",
         description="Scores the base, each expert alone, the uniform mixture and the trained mixture: "
         "held-out loss, multiple choice by log-likelihood, exact match of written answers, and where the "
-        "routers send tokens.",
+        "routers send tokens. With --methods other methods on the same experts instead, with --tasks tasks "
+        "of lm-evaluation-harness.",
     )
     add_model_arguments(parser)
+    _add_data_arguments(parser)
+    _add_method_arguments(parser)
+    _add_task_arguments(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result to this JSON file")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+    parser.set_defaults(run=run)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         action="append",
@@ -43,9 +59,54 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--no-exact-match", action="store_true", help="do not write answers, score given ones only"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result to this JSON file")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
-    parser.set_defaults(run=run)
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    of_methods = parser.add_argument_group("other methods")
+    of_methods.add_argument(
+        "--methods",
+        type=_names,
+        metavar="NAME[,NAME...]",
+        help="score these on the folder's experts, told what each costs: base, mixture, expert:NAME, "
+        "expert:NAME@stage1 (the expert before stage two), or a method of docs/baselines.md",
+    )
+    of_methods.add_argument(
+        "--method-settings",
+        type=Path,
+        metavar="FILE",
+        help='settings of methods as JSON, such as {"mole": {"fitting.steps": 100}}',
+    )
+    of_methods.add_argument(
+        "--train-examples",
+        type=_count,
+        metavar="N",
+        help="most training examples a domain that methods train on, drawn with the seed (default: all)",
+    )
+    of_methods.add_argument(
+        "--seed", type=_seed, help="of what methods draw and where they start (default: the run's)"
+    )
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    of_tasks = parser.add_argument_group("tasks of lm-evaluation-harness")
+    of_tasks.add_argument(
+        "--tasks", type=_names, metavar="NAME[,NAME...]", help="run these tasks instead of scoring domains"
+    )
+    of_tasks.add_argument(
+        "--as",
+        dest="answered_as",
+        action="append",
+        metavar="METHOD",
+        help="who answers: mixture, base, uniform or expert:NAME; repeat for more (default: mixture, base)",
+    )
+    of_tasks.add_argument("--include-path", type=Path, metavar="DIR", help="folder of more task files")
+    of_tasks.add_argument("--limit", type=_count, metavar="N", help="most examples a task")
+    of_tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each prompt")
+    of_tasks.add_argument(
+        "--run-generated-code",
+        action="store_true",
+        help="let tasks such as HumanEval run the programs that the model writes, in a process with limits",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,26 +117,91 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from dsmixer.evaluation.methods import evaluate_mixture
     from dsmixer.evaluation.table import print_evaluation, write_json
 
-    # the data is read before the model, so that a mistake in it shows at once
-    domains, settings, max_length, seed = _data(args)
-    model, tokenizer = load(args)
-    result = evaluate_mixture(
-        model, tokenizer, domains, settings, max_length=max_length, seed=seed, progress=_progress()
-    )
+    _check_together(args)
+    show: Callable[[Any, Any], None] = print_evaluation
+    if args.tasks:
+        from dsmixer.cli.evaluate_tasks import evaluate_tasks
+
+        result = evaluate_tasks(args)
+    elif args.methods:
+        from dsmixer.cli.evaluate_methods import print_methods, run_methods
+
+        result, show = run_methods(args, read_data(args)), print_methods
+    else:
+        result = _evaluate(args)
     if args.output is not None:
         write_json(args.output, result)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        print_evaluation(result, Console())
+        show(result, Console())
     return 0
 
 
-def _data(args: argparse.Namespace) -> tuple[list[Any], Any, int, int]:
-    """Domains with test examples, evaluation settings, longest row, seed."""
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse flags that would be passed over in silence."""
+    if args.tasks and args.methods:
+        problem = "tasks are answered by the mixture and its experts, not by other methods"
+        raise UserError(problem, where="--tasks", fix="call it once with --tasks and once with --methods")
+    beside = {"methods": METHOD_FLAGS, "tasks": TASK_FLAGS}
+    missing = [needed for needed in beside if not getattr(args, needed)]
+    alone = [(flag, f"add --{needed}, or leave it out") for needed in missing for flag in beside[needed]]
+    others = [(flag, "leave it out: tasks bring their own data") for flag in DATA_FLAGS if args.tasks]
+    for flag, fix in (*alone, *others):
+        if getattr(args, flag) not in (None, False):
+            name = "as" if flag == "answered_as" else flag.replace("_", "-")
+            raise UserError("this says nothing here", where=f"--{name}", fix=fix)
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The mixture and what it is made of, as at the end of a run; experts before stage two are methods."""
+    from dsmixer.evaluation.methods import KINDS, evaluate_mixture
+
+    # the data is read before the model, so that a mistake in it shows at once
+    read = read_data(args)
+    kinds = [kind for kind in KINDS if kind in (read.settings.methods or KINDS)] or KINDS
+    model, tokenizer = load(args)
+    return evaluate_mixture(
+        model,
+        tokenizer,
+        read.domains,
+        read.settings,
+        max_length=read.max_length,
+        seed=read.seed,
+        kinds=kinds,
+        progress=_progress(),
+    )
+
+
+@dataclass(frozen=True)
+class ReadData:
+    """What an evaluation reads before the model.
+
+    Attributes:
+        domains: with test examples; of a run, as its recipe has them before anything is held out.
+        settings: ``EvaluationConfig``, with what the command line changes.
+        max_length: longest row, tokens.
+        seed: the run's, or 0.
+        mixture: the mixture's folder.
+        recipe: the run's; None: there is no run around the mixture.
+    """
+
+    domains: list[Any]
+    settings: Any
+    max_length: int
+    seed: int
+    mixture: Path
+    recipe: Any
+
+
+def read_data(args: argparse.Namespace) -> ReadData:
+    """Read the test data that the command line or the run names.
+
+    Raises:
+        UserError: there is no mixture, or no data for it, or it is bad.
+    """
     from dsmixer.config.recipe import load_recipe
     from dsmixer.config.schema import DataConfig, EvaluationConfig
     from dsmixer.data.domains import load_domains
@@ -105,7 +231,8 @@ def _data(args: argparse.Namespace) -> tuple[list[Any], Any, int, int]:
         "exact_match": False if args.no_exact_match else None,
     }
     settings = settings.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    return load_domains(data, seed=seed, quarantine=None), settings, args.max_length or data.max_length, seed
+    domains = load_domains(data, seed=seed, quarantine=None)
+    return ReadData(domains, settings, args.max_length or data.max_length, seed, mixture, recipe)
 
 
 def _domain(text: str) -> Any:
@@ -141,3 +268,17 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
     return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to {2**32 - 1}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return list(dict.fromkeys(names))

@@ -20,6 +20,7 @@ PATIENCE = 30
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     from dsmixer.cli import (
+        compare,
         doctor,
         evaluate,
         export,
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         import_adapters,
         plan,
         pool,
+        prune,
         report,
         schema,
         train,
@@ -37,7 +39,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dsmixer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, plan, evaluate, generate, import_adapters, pool, export, report, doctor, schema):
+    for module in (
+        train,
+        plan,
+        evaluate,
+        compare,
+        generate,
+        import_adapters,
+        pool,
+        prune,
+        export,
+        report,
+        doctor,
+        schema,
+    ):
         module.add_parser(commands)
     return parser
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dsmixer.evaluation.pieces import pieces
 from dsmixer.report.trace_data import Trace, TracedToken
 
 if TYPE_CHECKING:
@@ -95,26 +96,6 @@ def _stream(
 def _heard(weights_E: Sequence[float], names: Sequence[str]) -> list[tuple[str, float]]:
     heard = [(name, weight) for name, weight in zip(names, weights_E, strict=True) if weight > HELD]
     return sorted(heard, key=lambda pair: -pair[1])
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; a letter of several tokens comes whole with its last one."""
-    found: list[str] = []
-    context, done = 0, 0  # a tokenizer may need some tokens before, to know of a blank
-    for end in range(1, len(ids) + 1):
-        before = _decoded(tokenizer, ids[context:done])
-        after = _decoded(tokenizer, ids[context:end])
-        if after.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            found.append("")
-            continue
-        found.append(after[len(before) :])
-        context, done = done, end
-    return found
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return str(text)
 
 
 def trace_json(trace: Trace) -> dict[str, Any]:

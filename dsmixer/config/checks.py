@@ -15,16 +15,19 @@ from dsmixer.config.explain import nearest_key
 from dsmixer.config.from_mixture import check_mixture
 from dsmixer.config.recipe import STAGES, LoadedRecipe, expert_names
 from dsmixer.config.secrets import check_no_secrets
+from dsmixer.config.stages import Stage2Config
 
 __all__ = [
     "HUB_ID",
     "MAX_HARD_SOFT_EXPERTS",
     "accumulation_steps",
     "check_domain_experts",
+    "check_outputs_here",
     "check_recipe",
     "check_routing",
     "check_world",
     "is_local_path",
+    "needs_outputs",
 ]
 
 MAX_HARD_SOFT_EXPERTS = 32
@@ -98,6 +101,21 @@ def _check_domains(loaded: LoadedRecipe) -> None:
         for key, value in (("train", data.source.train), ("test", data.source.test)):
             _check_exists(loaded, f"data.source.{key}", value)
     _check_exists(loaded, "stage2.data.source", loaded.recipe.stage2.data.source)
+
+
+def _check_held_out(loaded: LoadedRecipe) -> None:
+    data, where = loaded.recipe.stage2.data, loaded.where("stage2.data.held_out")
+    if data.held_out is None:
+        return
+    if data.source is not None:
+        problem = f"examples of the domains are kept for the routers, which train on {data.source} instead"
+        raise UserError(problem, where=where, fix="remove held_out, or write stage2.data.source: null")
+    if data.max_examples > data.held_out:
+        raise UserError(
+            f"{data.max_examples} examples for the routers, and {data.held_out} are kept for them ({where})",
+            where=loaded.where("stage2.data.max_examples"),
+            fix=f"write at most {data.held_out}, or raise held_out",
+        )
 
 
 def _check_experts(loaded: LoadedRecipe) -> None:
@@ -232,6 +250,7 @@ def _check_routing_loss(loaded: LoadedRecipe) -> None:
         fix = "write stage2.data.source: null, or choose another loss"
         raise UserError(problem, where=loaded.where("stage2.routing_loss"), fix=fix)
     other = loaded.where("stage2.routing_loss")
+    check_outputs_here(loaded)
     if method == "lora_mixer" or other.startswith(
         "command line: "
     ):  # which takes the place of a recipe's RSL
@@ -241,6 +260,38 @@ def _check_routing_loss(loaded: LoadedRecipe) -> None:
             problem = f"this is a setting of RSL, and {other} chooses another loss"
             fix = "remove it, or write routing_loss: lora_mixer, or [{loss: rsl, settings: {...}}, ...]"
             raise UserError(problem, where=loaded.where(key), fix=fix)
+
+
+def needs_outputs(stage: Stage2Config) -> bool:
+    """Whether a loss of the stage reads what each expert of a token puts out."""
+    method = stage.routing_loss
+    if isinstance(method, str):
+        return method == "aesl"
+    return any(term.loss == "aesl_orthogonality" for term in method)
+
+
+def check_outputs_here(loaded: LoadedRecipe) -> None:
+    """Refuse a loss on the outputs of a token's experts where these are not on its rank and whole.
+
+    Raises:
+        UserError: the recipe asks for such a loss and for a placement or ZeRO stage that spreads experts.
+    """
+    if not (loaded.recipe.stage2.enabled and needs_outputs(loaded.recipe.stage2)):
+        return
+    placement, zero = loaded.recipe.placement, resolved_zero_stage(loaded.recipe)
+    said = loaded.where("stage2.routing_loss")
+    reasons = {"tokens": "its experts are on several ranks", "weights": "their weights are cut by ZeRO-3"}
+    reason, key = reasons.get(placement.mode), "placement.mode"
+    if reason is None and zero == 3:
+        reason, key = reasons["weights"], "deepspeed.zero_stage"
+    if reason is None:
+        return
+    problem = f"AESL's orthogonality ({said}) reads what each expert of a token puts out, and here {reason}"
+    fix = (
+        "write placement.mode: replicate with deepspeed.zero_stage: 0, 1 or 2, or only the method's other "
+        "terms, routing_loss: [{loss: switch, settings: {alpha: 0.001}}, {loss: aesl_variance}]"
+    )
+    raise UserError(problem, where=loaded.where(key), fix=fix)
 
 
 def _check_placement(loaded: LoadedRecipe) -> None:
@@ -269,18 +320,12 @@ def _check_targets(loaded: LoadedRecipe) -> None:
         raise UserError(f"{target!r} is named {times} times", where=where, fix="name it once")
 
 
-def _check_evaluation(loaded: LoadedRecipe) -> None:
-    if loaded.recipe.evaluation.tasks:
-        problem = "lm-eval tasks are not supported by this version"
-        fix = "write tasks: [], and give domains with a test part"
-        raise UserError(problem, where=loaded.where("evaluation.tasks"), fix=fix)
-
-
 _CHECKS: tuple[Callable[[LoadedRecipe], None], ...] = (
     check_no_secrets,
     _check_stages,
     _check_base,
     _check_domains,
+    _check_held_out,
     check_mixture,
     _check_experts,
     _check_expert_origins,
@@ -288,7 +333,6 @@ _CHECKS: tuple[Callable[[LoadedRecipe], None], ...] = (
     _check_routing,
     _check_routing_loss,
     _check_placement,
-    _check_evaluation,
 )
 
 

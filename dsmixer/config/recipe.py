@@ -92,24 +92,43 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     if not isinstance(text.value, dict):
         problem = f"a recipe is a mapping of sections, and this is {show(text.value)}"
         raise UserError(problem, where=f"{path}:1", fix="begin with a section, such as base: {model: FOLDER}")
-    raw, set_there = apply_overrides(text.value, overrides)
+    places = {key: f"{path}:{line}: {key}" for key, line in text.lines.items()}
+    return resolve_recipe(text.value, Path(path), places, overrides)
+
+
+def resolve_recipe(
+    raw: dict[str, Any], path: Path, places: Mapping[str, str], overrides: Sequence[str] = ()
+) -> LoadedRecipe:
+    """The recipe of raw values, with overrides put over them.
+
+    Args:
+        raw: sections, as YAML gives them.
+        path: the file they come from.
+        places: dotted key to the place that wrote it.
+        overrides: ``section.key=value`` each.
+
+    Raises:
+        UserError: it is not a recipe, or an override is bad.
+    """
+    raw, set_there = apply_overrides(raw, overrides)
     raw = _without_empty_sections(raw, Recipe)
-    places = {
-        key: f"{path}:{line}: {key}"
-        for key, line in text.lines.items()
+    kept = {
+        key: place
+        for key, place in places.items()
         if not any(key.startswith(f"{replaced}.") for replaced in set_there)
     }
-    places.update(set_there)
-    recipe = validate_recipe(raw, lambda key: find_place(Path(path), places, key))
-    return settle(LoadedRecipe(recipe, dict(flatten(raw)), Path(path), places))
+    kept.update(set_there)
+    recipe = validate_recipe(raw, lambda key: find_place(path, kept, key))
+    return settle(LoadedRecipe(recipe, dict(flatten(raw)), path, kept))
 
 
 def settle(loaded: LoadedRecipe) -> LoadedRecipe:
     """Fill in what follows from other keys.
 
     What a mixture that the run starts from decides stands in ``mixer`` and ``stage2``.
-    ``stage2.top_k``, where nobody wrote it, is at most the number of experts. ``gradient_accumulation_steps``
-    is null where nobody wrote it and ``global_batch_size`` decides. Idempotent.
+    Where nobody wrote them, ``stage2.top_k`` is at most the number of experts, and
+    ``stage2.data.max_examples`` at most ``stage2.data.held_out``. ``gradient_accumulation_steps`` is null
+    where nobody wrote it and ``global_batch_size`` decides. Idempotent.
     """
     mixer, stage2 = with_mixture(loaded)
     recipe = loaded.recipe.model_copy(update={"mixer": mixer, "stage2": stage2})
@@ -123,6 +142,9 @@ def settle(loaded: LoadedRecipe) -> LoadedRecipe:
             update["gradient_accumulation_steps"] = None
         if isinstance(stage, Stage2Config) and names and not loaded.said("stage2.top_k"):
             update["top_k"] = min(stage.top_k, len(names))
+        if isinstance(stage, Stage2Config) and not loaded.said("stage2.data.max_examples"):
+            few = min(stage.data.max_examples, stage.data.held_out or stage.data.max_examples)
+            update["data"] = stage.data.model_copy(update={"max_examples": few})
         changed[name] = stage.model_copy(update=update)
     return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed))
 

@@ -47,6 +47,7 @@ __all__ = [
 
 RecordForm = Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "multiple_choice"]
 LicenseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)]
+EvaluationMethod = Literal["base", "experts", "uniform", "mixture", "experts@stage1"]
 FORM_HELP = "form of a record; auto: told from its keys"
 
 
@@ -319,7 +320,13 @@ class EvaluationConfig(Section):
     enabled: bool = Field(default=True, description="whether the run ends with an evaluation")
     tasks: Annotated[tuple[Text, ...], Strict(False)] = Field(
         default=(),
-        description="lm-eval tasks to run as well; this version refuses anything but an empty list",
+        description="tasks of lm-evaluation-harness that the run answers at its end too, by name",
+    )
+    methods: Annotated[tuple[EvaluationMethod, ...], Strict(False)] | None = Field(
+        default=None,
+        min_length=1,
+        description="what is scored, of base, experts, uniform and mixture, and of experts@stage1: the "
+        "experts as they were before stage two; null: all but the last",
     )
     max_examples: Count | None = Field(default=None, description="most test examples a domain; null: all")
     generate_max_new_tokens: int = Field(default=64, ge=1, description="longest generated answer, in tokens")

@@ -81,6 +81,12 @@ class RouterDataConfig(Section):
         lt=1,
         description="largest share of a domain's train part that is kept from stage one for this",
     )
+    held_out: Count | None = Field(
+        default=None,
+        description="examples kept from stage one over all domains, also where stage two is not enabled; the "
+        "routers train on max_examples of them, a smaller set within a larger one; null: max_examples, where "
+        "stage two is enabled",
+    )
     source: Text | None = Field(
         default=None, description="file or hub id of a mixed set; null: held out of the domains' train parts"
     )
@@ -117,7 +123,7 @@ class RslConfig(Section):
 
 
 RoutingMethod = Literal[
-    "lora_mixer", "switch", "mixlora", "ds_moe", "gmoe", "mole", "meteora", "dynmole", "none"
+    "lora_mixer", "switch", "mixlora", "ds_moe", "gmoe", "aesl", "mole", "meteora", "dynmole", "none"
 ]
 RoutingLossName = Literal[
     "rsl",
@@ -131,6 +137,7 @@ RoutingLossName = Literal[
     "mole",
     "gmoe_poisson",
     "gmoe_normal",
+    "aesl_orthogonality",
     "aesl_variance",
     "supervised_gate",
     "supervised_margin",
@@ -170,6 +177,11 @@ class Stage2Config(StageConfig):
         default="topk",
         description="soft: every expert; topk: the top_k best; hard_soft: topk forward, gradient of soft; "
         "top_p: as many as reach the mass top_p",
+    )
+    inference_routing: Literal["soft", "topk", "top_p"] | None = Field(
+        default=None,
+        description="how the trained mixture routes in use and in evaluation; null: as routing says. topk "
+        "after routing: soft is dense training with sparse inference",
     )
     top_k: int = Field(
         default=3, ge=1, description="experts a token; where unwritten, at most as many as there are"

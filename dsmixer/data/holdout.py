@@ -31,7 +31,9 @@ def hold_out_router_examples(
     """Split the router's training examples off the domains, or read them from their own source.
 
     Held out are numbers proportional to the domains' train sizes, at least one a domain and at most
-    ``max_share`` of each (or one). Which ones depends on the seed and the domain's name alone.
+    ``max_share`` of each (or one). Which ones depends on the seed and the domain's name alone. Where
+    ``held_out`` says how many these are, the router examples are the first ``max_examples`` of them in
+    ``nested_order``.
 
     Args:
         domains: the domains with all their training examples.
@@ -56,16 +58,39 @@ def hold_out_router_examples(
             fix = "add examples, or give stage2.data.source"
             problem = f"{len(domain.train)} training example, none to spare for the routers"
             raise UserError(problem, where=f"data.domains: {domain.name}", fix=fix)
-    counts = held_out_counts([len(domain.train) for domain in domains], data.max_examples, data.max_share)
+    wanted = data.max_examples if data.held_out is None else data.held_out
+    counts = held_out_counts([len(domain.train) for domain in domains], wanted, data.max_share)
     remaining: list[Domain] = []
-    router: list[Example] = []
+    kept: list[list[Example]] = []
     for domain, count in zip(domains, counts, strict=True):
         random = generator(seed, "router examples", domain.name)
         chosen = set(random.choice(len(domain.train), count, replace=False).tolist())
-        router += [example for i, example in enumerate(domain.train) if i in chosen]
+        kept.append([example for i, example in enumerate(domain.train) if i in chosen])
         train = [example for i, example in enumerate(domain.train) if i not in chosen]
         remaining.append(dataclasses.replace(domain, train=train))
-    return remaining, router, 0
+    if data.held_out is not None and data.max_examples < data.held_out:
+        first = set(nested_order([domain.name for domain in domains], counts, seed)[: data.max_examples])
+        kept = [[e for i, e in enumerate(own) if (g, i) in first] for g, own in enumerate(kept)]
+    return remaining, [example for of_domain in kept for example in of_domain], 0
+
+
+def nested_order(names: Sequence[str], counts: Sequence[int], seed: int) -> list[tuple[int, int]]:
+    """All held-out examples, as domain and place among the domain's own, in one order drawn with the seed.
+
+    The first n, for any n, hold the domains in the proportions of ``counts``, one of each before a second
+    of any: of a domain with m of M examples about ``n m / M``.
+
+    Args:
+        names: of the domains.
+        counts: held-out examples of each.
+        seed: the run's.
+    """
+    places: list[tuple[float, float, int, int]] = []
+    for g, (name, count) in enumerate(zip(names, counts, strict=True)):
+        random = generator(seed, "router order", name)
+        tie = float(random.random())
+        places += [(rank / count, tie, g, int(i)) for rank, i in enumerate(random.permutation(count))]
+    return [(g, i) for _, _, g, i in sorted(places)]
 
 
 def held_out_counts(sizes: Sequence[int], max_examples: int, max_share: float) -> list[int]:

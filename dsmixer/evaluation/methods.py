@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 from torch import nn
@@ -28,6 +29,12 @@ Progress = Callable[[str, int, int], None]
 BATCH_SIZE = 8
 """Rows a forward pass, where nothing says how many."""
 
+KINDS = ("base", "experts", "uniform", "mixture")
+"""What is scored where nobody chooses."""
+
+STAGE_ONE = "@stage1"
+"""Ends the name of an expert as it was before stage two, and of all of them: ``experts@stage1``."""
+
 
 class EvaluationSettings(Protocol):
     """What ``EvaluationConfig`` of a recipe has, and all that is needed of it."""
@@ -47,7 +54,7 @@ class Method:
     """One way to answer.
 
     Attributes:
-        name: ``base``, ``expert:NAME``, ``uniform`` or ``mixture``.
+        name: ``base``, ``expert:NAME``, ``uniform``, ``mixture`` or ``expert:NAME@stage1``.
         domains: indices of the domains it is scored on.
     """
 
@@ -55,25 +62,34 @@ class Method:
     domains: tuple[int, ...]
 
 
-def methods_of(mixture: Mixture, sheet: Sheet) -> list[Method]:
-    """Base, experts, uniform and trained mixture; above 16 experts each one on its own domains only."""
+def methods_of(mixture: Mixture, sheet: Sheet, kinds: Collection[str] = KINDS) -> list[Method]:
+    """Base, experts, uniform, trained mixture, and experts before stage two, of those that ``kinds`` names.
+
+    Above 16 experts each one on its own domains only.
+    """
     everywhere = tuple(range(len(sheet.domains)))
-    found = [Method("base", everywhere)]
+    is_full = len(mixture.expert_names) <= MAX_FULL_MATRIX
+    experts = []
     for expert in mixture.expert_names:
         own = tuple(g for g in everywhere if sheet.own_experts[g] == expert)
-        domains = everywhere if len(mixture.expert_names) <= MAX_FULL_MATRIX else own
-        if domains:
-            found.append(Method(f"expert:{expert}", domains))
-    return [*found, Method("uniform", everywhere), Method("mixture", everywhere)]
+        if is_full or own:
+            experts.append(Method(f"expert:{expert}", everywhere if is_full else own))
+    known = {name: [Method(name, everywhere)] for name in ("base", "uniform", "mixture")}
+    known["experts"] = experts
+    known[f"experts{STAGE_ONE}"] = [Method(f"{m.name}{STAGE_ONE}", m.domains) for m in experts]
+    return [method for kind in (*KINDS, f"experts{STAGE_ONE}") if kind in kinds for method in known[kind]]
 
 
 @contextmanager
 def routed_as(model: nn.Module, method: str) -> Iterator[None]:
-    """Route a model with mixers as a method says."""
+    """Route a model with mixers as a method says.
+
+    ``expert:NAME@stage1`` is routed to the expert that the model has now.
+    """
     if method == "base":
         chosen = route_to(model, None)
     elif method.startswith("expert:"):
-        chosen = route_to(model, method.removeprefix("expert:"))
+        chosen = route_to(model, method.removeprefix("expert:").removesuffix(STAGE_ONE))
     elif method == "uniform":
         chosen = route_by(model, Routing(mode="uniform"))
     else:
@@ -91,6 +107,8 @@ def evaluate_mixture(
     *,
     max_length: int = 1024,
     seed: int = 0,
+    kinds: Collection[str] = KINDS,
+    stage_one: AbstractContextManager[None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score a mixture and what it is compared with on the domains' test examples.
@@ -104,12 +122,15 @@ def evaluate_mixture(
         settings: ``EvaluationConfig`` of a recipe.
         max_length: longest row, in tokens, as in training.
         seed: draws ``settings.max_examples``.
+        kinds: what is scored, of ``KINDS`` and ``experts@stage1``.
+        stage_one: a context under which the experts are as they were before stage two; None: as they are.
         progress: told after each forward pass of this rank.
 
     Returns:
-        ``rows``: domain, method, metric, value, num_examples; ``routing``: see ``routing_report``;
-        ``recovered``: by domain, (base - mixture) / (base - own expert) in loss, None where the own expert
-        is not better than the base; ``own_experts``: the expert of each domain.
+        ``rows``: domain, method, metric, value, num_examples; ``routing``: see ``routing_report``, None where
+        the mixture is not scored; ``recovered``: by domain, (base - mixture) / (base - own expert) in loss,
+        None where the own expert is not better than the base, absent where one of the three is not scored;
+        ``own_experts``: the expert of each domain.
 
     Raises:
         UserError: there is nothing to score, or an example can't be tokenised.
@@ -128,17 +149,21 @@ def evaluate_mixture(
     was_training = model.training
     model.eval()
     rows = majority_rows(sheet)
+    methods = methods_of(mixture, sheet, kinds)
     try:
-        for method in methods_of(mixture, sheet):
-            with routed_as(model, method.name):
-                around = recorder(mixture, sheet, counts) if method.name == "mixture" else None
-                rows += _method_rows(model, tokenizer, sheet, method, settings, around, progress)
+        for is_before, group in groupby(methods, lambda method: method.name.endswith(STAGE_ONE)):
+            with stage_one if is_before and stage_one is not None else nullcontext():
+                for method in group:
+                    around = recorder(mixture, sheet, counts) if method.name == "mixture" else None
+                    with routed_as(model, method.name):
+                        rows += _method_rows(model, tokenizer, sheet, method, settings, around, progress)
     finally:
         model.train(was_training)
-    routing = routing_report(mixture, sheet, *counts.over_ranks(device_of(model)))
+    over_ranks = counts.over_ranks(device_of(model))
+    is_routed = any(method.name == "mixture" for method in methods)
     return {
         "rows": rows,
-        "routing": routing,
+        "routing": routing_report(mixture, sheet, *over_ranks) if is_routed else None,
         "recovered": recovered(rows, sheet),
         "own_experts": dict(zip(sheet.domains, sheet.own_experts, strict=True)),
     }
@@ -200,9 +225,8 @@ def recovered(rows: Sequence[Row], sheet: Sheet) -> dict[str, float | None]:
     loss = {(r["domain"], r["method"]): float(r["value"]) for r in rows if r["metric"] == "loss"}  # type: ignore[arg-type]
     shares: dict[str, float | None] = {}
     for name, expert in zip(sheet.domains, sheet.own_experts, strict=True):
-        own = loss.get((name, f"expert:{expert}"))
-        if own is None:
-            continue
-        gain = loss[name, "base"] - own
-        shares[name] = (loss[name, "base"] - loss[name, "mixture"]) / gain if gain > 0 else None
+        keys = [(name, method) for method in ("base", "mixture", f"expert:{expert}")]
+        if all(key in loss for key in keys):
+            base, mixture, own = (loss[key] for key in keys)
+            shares[name] = (base - mixture) / (base - own) if base > own else None
     return shares

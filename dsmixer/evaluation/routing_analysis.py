@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmixer.data.collate import PADDING, EncoderRows, MicroBatch
+from dsmixer.evaluation.examples import ExampleWeights, write_examples
 from dsmixer.evaluation.sharing import summed
 from dsmixer.evaluation.sheet import Sheet
 from dsmixer.model.inject import Mixture
@@ -22,7 +24,8 @@ from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 
 
 class RoutingCounts(RoutingStatistics):
-    """The step's statistics, and for any number of domains how often the own expert came first.
+    """The step's statistics, and for any number of domains how often the own expert came first and how likely
+    it was; with them, who spoke at the tokens of a few texts.
 
     Args:
         mixture: whose routers are counted.
@@ -35,33 +38,75 @@ class RoutingCounts(RoutingStatistics):
         super().__init__(len(mixture.routers), len(names), len(own_experts), device)
         own = [names.index(expert) if expert in names else -1 for expert in own_experts]
         self.own_G = torch.tensor(own, device=device)
-        self.own_MG3 = torch.zeros(len(mixture.routers), len(own), 3, dtype=torch.float64, device=device)
+        self.own_MG4 = torch.zeros(len(mixture.routers), len(own), 4, dtype=torch.float64, device=device)
+        self.examples: ExampleWeights | None = None
 
     @torch.no_grad()
     def record(self, router: int, output: RouterOutput, domains_T: torch.Tensor | None) -> None:
-        """Add one router's micro-batch: real tokens, own expert first, entropy; by domain."""
+        """Add one router's micro-batch, by domain: real tokens, own expert first, entropy, own expert's p."""
         super().record(router, output, domains_T)
+        if self.examples is not None:
+            self.examples.record(router, output)
         assert domains_T is not None
         real_T = domains_T >= 0
-        domains = domains_T[real_T]
-        first = output.p_TE.argmax(1)[real_T]
-        columns = (torch.ones_like(first), first == self.own_G[domains], output.entropy_T()[real_T])
+        own_N, p_NE = self.own_G[domains_T[real_T]], output.p_TE[real_T]
+        first_N = p_NE.argmax(1)
+        own_p_N = p_NE.gather(1, own_N.clamp_min(0)[:, None])[:, 0]
+        columns = (torch.ones_like(first_N), first_N == own_N, output.entropy_T()[real_T], own_p_N)
         values = torch.stack([column.double() for column in columns], dim=1)
-        self.own_MG3[router].index_add_(0, domains, values)
+        self.own_MG4[router].index_add_(0, domains_T[real_T], values)
 
-    def over_ranks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``own_MG3`` and ``domain_MGE`` of all ranks; None where domains x experts are too many."""
-        own_MG3 = summed(self.own_MG3, device)
-        return own_MG3, summed(self.domain_MGE, device) if self.num_domains else None
+    def over_ranks(self, device: torch.device) -> tuple[torch.Tensor, Firsts, ExampleWeights | None]:
+        """``own_MG4``, first choices and texts of all ranks."""
+        own_MG4, first_ME = summed(self.own_MG4, device), summed(self.top1_ME, device)
+        domain_MGE = summed(self.domain_MGE, device) if self.num_domains else None
+        texts = None if self.examples is None else self.examples.over_ranks(device)
+        return own_MG4, Firsts(first_ME, domain_MGE), texts
+
+
+@dataclass(frozen=True)
+class Firsts:
+    """First choices, counted.
+
+    Attributes:
+        first_ME: of all domains.
+        domain_MGE: by domain; None where domains x experts are too many.
+    """
+
+    first_ME: torch.Tensor
+    domain_MGE: torch.Tensor | None
+
+
+class RoutingReport(dict[str, Any]):
+    """The content of ``routing.json``; beside it stands what belongs into ``examples.json``.
+
+    Attributes:
+        examples: who spoke at the tokens of a few texts; None where no pass was watched.
+    """
+
+    examples: ExampleWeights | None = None
+
+
+def write_texts(run_folder: Path, routing: RoutingReport | None, tokenizer: Any) -> None:
+    """Write ``examples.json`` beside ``routing.json``; there is no report where the mixture was not scored.
+
+    Raises:
+        RefusedError: it can't be written.
+    """
+    write_examples(run_folder, None if routing is None else routing.examples, tokenizer)
 
 
 def recorder(mixture: Mixture, sheet: Sheet, counts: RoutingCounts) -> Any:
     """A context around each forward pass that counts tokens of rows with the right completion once."""
+    counts.examples = watched = ExampleWeights(mixture, sheet)
 
-    def around(micro: MicroBatch) -> AbstractContextManager[None]:
+    @contextmanager
+    def around(micro: MicroBatch) -> Iterator[None]:
         counted = torch.from_numpy(sheet.is_target_row).to(micro.example_ids.device)
         encoder = None if micro.encoder is None else _counted(micro.encoder, counted)
-        return _recording(mixture, replace(_counted(micro, counted), encoder=encoder), counts)
+        batch = replace(_counted(micro, counted), encoder=encoder)
+        with watched.watching(micro), _recording(mixture, batch, counts):
+            yield
 
     return around
 
@@ -84,52 +129,80 @@ def _recording(mixture: Mixture, batch: BatchRouting, counts: RoutingCounts) -> 
 
 
 def routing_report(
-    mixture: Mixture, sheet: Sheet, own_MG3: torch.Tensor, domain_MGE: torch.Tensor | None
-) -> dict[str, Any]:
+    mixture: Mixture,
+    sheet: Sheet,
+    own_MG4: torch.Tensor,
+    firsts: Firsts,
+    examples: ExampleWeights | None = None,
+) -> RoutingReport:
     """What the routers did, as plain JSON values: the content of ``routing.json``.
 
     Returns:
         ``routers``, ``experts``, ``domains``: module paths and names; ``layers``: of each router, None where
         its path has no number; ``own_first_share`` ``[M, G]``: share of real tokens whose first expert is the
-        domain's own, None where the mixture has none for it; ``entropy`` ``[M]``: mean token entropy, nats;
-        ``load`` ``[M, G, E]``: share of first choices, absent where domains x experts are too many;
+        domain's own, None where the mixture has none for it; ``own_probability`` ``[M, G]``: mean probability
+        of that expert, likewise; ``entropy`` ``[M]``: mean token entropy, nats; ``expert_load`` ``[M, E]``:
+        share of first choices; ``load`` ``[M, G, E]``: the same of each domain's tokens, absent where
+        domains x experts are too many;
         ``summary``: means over routers, see ``_summary``.
     """
-    tokens_MG, own_MG, entropy_MG = own_MG3.unbind(2)
-    share_MG = own_MG / tokens_MG.clamp_min(1)
+    tokens_MG, own_MG, entropy_MG, own_p_MG = own_MG4.unbind(2)
+    share_MG, probability_MG = own_MG / tokens_MG.clamp_min(1), own_p_MG / tokens_MG.clamp_min(1)
     entropy_M = entropy_MG.sum(1) / tokens_MG.sum(1).clamp_min(1)
     known = [expert in mixture.expert_names for expert in sheet.own_experts]
     layers = [layer_of(path) for path in mixture.routers]
-    report: dict[str, Any] = {
+    report = RoutingReport()
+    report.examples = examples
+    report |= {
         "routers": list(mixture.routers),
         "layers": layers,
         "experts": list(mixture.expert_names),
         "domains": list(sheet.domains),
-        "own_first_share": [
-            [float(share) if there else None for share, there in zip(row, known, strict=True)]
-            for row in share_MG
-        ],
+        "own_first_share": _where_known(share_MG, known),
+        "own_probability": _where_known(probability_MG, known),
         "entropy": entropy_M.tolist(),
+        "expert_load": _shares(firsts.first_ME),
     }
-    if domain_MGE is not None:
-        report["load"] = (domain_MGE / domain_MGE.sum(2, keepdim=True).clamp_min(1)).tolist()
-    report["summary"] = _summary(sheet, share_MG, known, layers) | {
+    if firsts.domain_MGE is not None:
+        report["load"] = _shares(firsts.domain_MGE)
+    report["summary"] = _summary(sheet, share_MG, probability_MG, known, layers) | {
         "entropy": float(entropy_M.mean()),
         "ln_experts": math.log(len(mixture.expert_names)),
     }
     return report
 
 
+def _shares(counts: torch.Tensor) -> Any:
+    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).tolist()
+
+
+def _where_known(values_MG: torch.Tensor, known: Sequence[bool]) -> list[list[float | None]]:
+    return [
+        [float(value) if there else None for value, there in zip(row, known, strict=True)]
+        for row in values_MG
+    ]
+
+
 def _summary(
-    sheet: Sheet, share_MG: torch.Tensor, known: Sequence[bool], layers: Sequence[int | None]
+    sheet: Sheet,
+    share_MG: torch.Tensor,
+    probability_MG: torch.Tensor,
+    known: Sequence[bool],
+    layers: Sequence[int | None],
 ) -> dict[str, Any]:
     """``own_first`` by domain, the mean over routers, and ``own_first_later_layers`` over the layers after
-    the first; ``own_first_mean`` and ``own_first_later_layers_mean`` over domains, None where there are none.
+    the first; ``own_probability`` likewise over all routers; of each the mean over domains under ``…_mean``,
+    None where there are none.
     """
     first = min((layer for layer in layers if layer is not None), default=None)
     later = torch.tensor([layer is not None and layer != first for layer in layers])
     found: dict[str, Any] = {}
-    for key, rows_MG in (("own_first", share_MG), ("own_first_later_layers", share_MG[later])):
+    kinds = {
+        "own_first": share_MG,
+        "own_first_later_layers": share_MG[later],
+        "own_probability": probability_MG,
+    }
+    for key, rows_MG in kinds.items():
         there = [g for g, is_known in enumerate(known) if is_known and len(rows_MG)]
         shares = {sheet.domains[g]: float(rows_MG[:, g].mean()) for g in there}
         found[key] = shares

@@ -38,21 +38,15 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
 def metric_table(result: Mapping[str, Any], metric: str) -> Table:
     """One metric by domain and method; ``loss`` with the recovered share beside it.
 
-    With many experts only each domain's own has a column, ``own expert``.
+    With many experts only each domain's own has a column, ``own expert``, and before stage two another,
+    ``own expert@stage1``.
     """
     rows = [row for row in result["rows"] if row["metric"] == metric]
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["domain"], row["method"]): row["value"] for row in rows}
     if len(methods) > WIDE:
-        experts = result.get("own_experts") or {}
-        for domain in domains:
-            own = cells.get((domain, f"expert:{experts.get(domain, domain)}"))
-            if own is not None:
-                cells[domain, "own expert"] = own
-        others = [method for method in methods if not method.startswith("expert:")]
-        at = others.index("base") + 1 if "base" in others else 0
-        methods = [*others[:at], "own expert", *others[at:]]
+        methods = _experts_as_own(result, cells, methods)
     shares = result.get("recovered") or {} if metric == "loss" else {}
     table = Table(title=METRIC_TITLES.get(metric, metric), title_justify="left")
     table.add_column("domain")
@@ -65,6 +59,26 @@ def metric_table(result: Mapping[str, Any], metric: str) -> Table:
         texts += ["-" if share is None else f"{share:.1%}"] if shares else []
         table.add_row(domain, *texts)
     return table
+
+
+def _experts_as_own(
+    result: Mapping[str, Any], cells: dict[tuple[str, str], Any], methods: list[str]
+) -> list[str]:
+    """The columns where the experts have one together; puts its values into ``cells``."""
+    experts = result.get("own_experts") or {}
+    own = {}
+    for method in methods:
+        if method.startswith("expert:"):
+            _, at, state = method.partition("@")
+            own[f"own expert{at}{state}"] = f"{at}{state}"
+    for domain in {domain for domain, _ in cells}:
+        for column, state in own.items():
+            value = cells.get((domain, f"expert:{experts.get(domain, domain)}{state}"))
+            if value is not None:
+                cells[domain, column] = value
+    others = [method for method in methods if not method.startswith("expert:")]
+    first = others.index("base") + 1 if "base" in others else 0
+    return [*others[:first], *own, *others[first:]]
 
 
 def routing_line(summary: Mapping[str, Any]) -> str:
@@ -80,7 +94,7 @@ def routing_line(summary: Mapping[str, Any]) -> str:
 
 
 def write_evaluation(run_folder: Path, result: Mapping[str, Any]) -> None:
-    """Write ``evaluation.json`` and, beside it, ``routing.json``.
+    """Write ``evaluation.json`` and, beside it, ``routing.json`` where the mixture was scored.
 
     Args:
         run_folder: the run's folder.
@@ -89,9 +103,13 @@ def write_evaluation(run_folder: Path, result: Mapping[str, Any]) -> None:
     Raises:
         RefusedError: a file can't be written.
     """
-    write_json(run_folder / "routing.json", result["routing"])
-    rest = {key: value for key, value in result.items() if key != "routing"}
-    write_json(run_folder / "evaluation.json", {**rest, "routing": result["routing"]["summary"]})
+    routing, rest = result["routing"], {key: value for key, value in result.items() if key != "routing"}
+    if routing is None:
+        (run_folder / "routing.json").unlink(missing_ok=True)  # of an evaluation before, in the same folder
+        write_json(run_folder / "evaluation.json", rest)
+        return
+    write_json(run_folder / "routing.json", routing)
+    write_json(run_folder / "evaluation.json", {**rest, "routing": routing["summary"]})
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from dsmixer.experts.apart import Outputs, PerToken, sum_apart
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.forms import auto_form, forms
@@ -115,3 +116,18 @@ class ExpertBank(nn.Module):
         masks first."""
         form = auto_form if self.compute == "auto" else forms[self.compute]
         return form(x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment, dropout)
+
+    def sum_apart(
+        self,
+        x_TD: torch.Tensor,
+        assignment: Assignment,
+        dropout: Dropout | None,
+        per_token: PerToken,
+        mask_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A loss on what each token's experts put out by themselves, summed over real tokens; arguments as
+        ``experts.apart.sum_apart``. The whole bank has to be here and gathered."""
+        # pairs taken as tokens of one expert each leave a wide product of all experts mostly in vain
+        form = forms["grouped"] if self.compute == "auto" else forms[self.compute]
+        s_E, how = self.scaling_on(x_TD.device), Outputs(form, dropout)
+        return sum_apart(x_TD, self.lora_A, self.lora_B, s_E, assignment, per_token, mask_T, how)

@@ -23,13 +23,21 @@ class AeslOrthogonalityLoss(PlainLoss):
         paper: L = weight * mean_x sum_j sum_{k != j} || <o_j, o_k> / (<o_k, o_k> + epsilon) * o_k ||^2
         code:  L = weight * mean_x (1/K) sum_j || projection of o_j on the span of the others ||^2
 
-    ``o_j(x)`` is what the chosen expert j puts out, without its weight, so the gradient goes to experts and
-    none to the router. 0 where the outputs are orthogonal, and where K = 1. The paper sums over tokens; here
-    it is a mean, so that the weight does not depend on the batch. The code's Gram-Schmidt is written here as
-    ``G_jj - 1 / (G^-1)_jj`` of the Gram matrix G with a ridge, the same where the others are independent.
+    ``o_j(x) = s_j B_j A_j x`` is what the chosen expert j puts out, before its weight (the paper: the output
+    where the expert's score is above 0, and 0 elsewhere). So L_o depends on a router's logits through the
+    choice alone, and its gradient goes to the experts and to what made x: where experts train, to A and B of
+    this mixer and of those before; where they are frozen, to the routers before alone; never to the router
+    that chose. That is the division of labour that the paper argues for: L_o moves experts, L_v routers.
 
-    One number a token: exact in any layout. It keeps ``[T, K, O]`` for the backward pass, which no compute
-    form of the experts makes by itself.
+    0 where the outputs are orthogonal, and where K = 1. The paper sums over tokens; here it is a mean over
+    real tokens and mixers, so that the weight does not depend on the batch. The code's Gram-Schmidt is
+    written here as ``G_jj - 1 / (G^-1)_jj`` of the Gram matrix G with a ridge, the same where the others are
+    independent.
+
+    One number a token: exact under accumulation and on any number of ranks. In a run the mixers make the
+    outputs apart, some tokens at a time, and again in the backward pass (``experts.apart``): that costs the
+    products with A and B once more each way, and no more than ``BLOCK_ELEMENTS`` outputs are alive. All
+    experts of a token have to be on its rank, and their weights whole: placement ``replicate``.
 
     Attributes:
         weight: ours, 1e-3. The released code sets it once so that the term starts near 1e-3.
@@ -49,10 +57,14 @@ class AeslOrthogonalityLoss(PlainLoss):
         """``ramp`` times the loss summed over real tokens; arguments as ``RoutingLoss``."""
         assert extras.outputs_TKO is not None, "orthogonality without the experts' outputs"
         chosen_TK = output.choice.weights_TK.detach() > 0
-        outputs_TKO = (extras.outputs_TKO * chosen_TK[..., None]).to(output.p_TE.dtype)
-        gram_TKK = outputs_TKO @ outputs_TKO.transpose(1, 2)
-        along_T = self._pairs(gram_TKK) if self.form == "paper" else self._spans(gram_TKK)
+        along_T = self.per_token(extras.outputs_TKO.to(output.p_TE.dtype), chosen_TK)
         return ramp * self.weight * output.token_sum(along_T)
+
+    def per_token(self, outputs_TKO: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """The loss of each token before its weight, ``[T]``; outputs that are not chosen do not enter."""
+        kept_TKO = torch.where(chosen_TK[..., None], outputs_TKO, 0.0)
+        gram_TKK = kept_TKO @ kept_TKO.transpose(1, 2)
+        return self._pairs(gram_TKK) if self.form == "paper" else self._spans(gram_TKK, chosen_TK)
 
     def _pairs(self, gram_TKK: torch.Tensor) -> torch.Tensor:
         squared_T1K = gram_TKK.diagonal(dim1=1, dim2=2)[:, None]
@@ -60,14 +72,17 @@ class AeslOrthogonalityLoss(PlainLoss):
         others_KK = 1 - torch.eye(gram_TKK.shape[1], dtype=gram_TKK.dtype, device=gram_TKK.device)
         return (along_TKK * others_KK).sum((1, 2))
 
-    def _spans(self, gram_TKK: torch.Tensor) -> torch.Tensor:
-        squared_TK = gram_TKK.diagonal(dim1=1, dim2=2)
+    def _spans(self, gram_TKK: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+        # the inverse of nearly parallel outputs is beyond float32
+        wide_TKK = gram_TKK.double()
+        squared_TK = wide_TKK.diagonal(dim1=1, dim2=2)
         # experts start at B = 0: a ridge of their own keeps outputs that are all zero invertible
         ridge_T = self.epsilon * squared_TK.detach().mean(1) + 1e-12
-        eye_KK = torch.eye(gram_TKK.shape[1], dtype=gram_TKK.dtype, device=gram_TKK.device)
-        ridged_TKK = gram_TKK + ridge_T[:, None, None] * eye_KK
+        eye_KK = torch.eye(gram_TKK.shape[1], dtype=wide_TKK.dtype, device=gram_TKK.device)
+        ridged_TKK = wide_TKK + ridge_T[:, None, None] * eye_KK
         apart_TK = 1 / torch.linalg.inv(ridged_TKK).diagonal(dim1=1, dim2=2)
-        return (ridged_TKK.diagonal(dim1=1, dim2=2) - apart_TK).mean(1)
+        along_TK = ridged_TKK.diagonal(dim1=1, dim2=2) - apart_TK
+        return (along_TK.sum(1) / chosen_TK.sum(1).clamp_min(1)).to(gram_TKK.dtype)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ Shapes: T tokens, E experts, K experts a token, O output width of the projection
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -39,7 +39,7 @@ class Extras:
     Attributes:
         labels_T: the expert that each token's domain belongs to, -1 for none.
         outputs_TKO: what the chosen experts put out, before their weights and in the order of
-            ``choice.indices_TK``, with their graph.
+            ``choice.indices_TK``, with their graph. In a run no router has them: see ``OutputLoss``.
         learned: parameters of losses, by name, each a scalar with a gradient.
         trained_E: whose rows of the router train, bool; None: all.
     """
@@ -84,6 +84,24 @@ class RoutingLoss(Protocol):
             ramp: 0 to 1, how far the loss's weight has risen.
             extras: what ``needs`` names, and learned parameters.
         """
+
+
+PerToken = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the outputs of a token's experts, ``[T, K, O]``, and which of them are chosen, ``[T, K]`` bool, to one
+number a token, ``[T]``."""
+
+
+@runtime_checkable
+class OutputLoss(Protocol):
+    """A routing loss that needs ``outputs_TKO``, as the mixers take it: they sum it over tokens themselves,
+    so that the outputs of all tokens are never there at once."""
+
+    @property
+    def weight(self) -> float:
+        """Of the loss."""
+
+    def per_token(self, outputs_TKO: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """The loss of each token before its weight, ``[T]``."""
 
 
 class PlainLoss:

@@ -26,8 +26,8 @@ class MutualInformationLoss(PlainLoss):
     The first term's tangent in m is ``sum_i p_i ln m_i``, as p and m both sum to 1; the second term is one
     number a token.
 
-    DS-MoE trains every expert on every token and is sparse only in use: with routing ``soft`` in training
-    and ``topk`` in inference. The loss itself is the same in every mode.
+    DS-MoE trains every expert on every token and is sparse only in use: in a recipe ``stage2.routing: soft``
+    with ``stage2.inference_routing: topk``. The loss itself is the same in every mode.
 
     Attributes:
         weight: 4e-4, the middle of the values that DS-MoE reports for its models, about 2e-4 to 6e-4.

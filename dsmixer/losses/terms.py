@@ -5,6 +5,7 @@ Shapes: N terms, M routers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,7 +14,7 @@ import torch
 from dsmixer.losses.aesl import AeslOrthogonalityLoss, AeslVarianceLoss
 from dsmixer.losses.auxiliary import MixLoraLoss, SwitchLoss
 from dsmixer.losses.gmoe import GmoeNormalLoss, GmoePoissonLoss
-from dsmixer.losses.interface import NOTHING, Extras, RoutingLoss
+from dsmixer.losses.interface import NOTHING, Extras, OutputLoss, PerToken, RoutingLoss
 from dsmixer.losses.mean_entropy import MoleBalanceLoss, MutualInformationLoss
 from dsmixer.losses.rsl import RoutingSpecializationLoss
 from dsmixer.losses.supervised_gate import SupervisedGateLoss
@@ -46,6 +47,11 @@ class RoutingTerms:
         return frozenset(chain.from_iterable(term.needs for term in self.terms))
 
     @property
+    def on_outputs(self) -> tuple[OutputLoss, ...]:
+        """The terms on what experts put out, which ``of_outputs`` adds up."""
+        return tuple(term for term in self.terms if isinstance(term, OutputLoss))
+
+    @property
     def smooth_temperature(self) -> float | None:
         """For ``RoutingStatistics``; None: no term wants a smooth usage."""
         return next((term.smooth_temperature for term in self.terms if term.usage == "smooth"), None)
@@ -70,10 +76,24 @@ class RoutingTerms:
     def __call__(
         self, output: RouterOutput, previous_usage_NE: torch.Tensor, ramp: float, extras: Extras = NOTHING
     ) -> torch.Tensor:
-        """The terms' sum on one router; ``previous_usage_NE`` is the router's part of the usages."""
-        pairs = zip(self.terms, previous_usage_NE, strict=True)
+        """The terms' sum on one router; ``previous_usage_NE`` is the router's part of the usages.
+
+        Terms on experts' outputs are left out where ``extras`` has none of these.
+        """
+        apart = self.on_outputs if extras.outputs_TKO is None else ()
+        pairs = [(t, u) for t, u in zip(self.terms, previous_usage_NE, strict=True) if t not in apart]
         losses = [term(output, usage_E, ramp, extras) for term, usage_E in pairs]
         return torch.stack(losses).sum() if losses else output.p_TE.new_zeros(())
+
+    def of_outputs(self, summed: Callable[[PerToken], torch.Tensor], ramp: float) -> torch.Tensor:
+        """The terms on the outputs of one mixer's experts, summed over real tokens.
+
+        Args:
+            summed: adds one number a token up over the mixer's real tokens.
+            ramp: as in ``RoutingLoss``.
+        """
+        losses = [ramp * term.weight * summed(term.per_token) for term in self.on_outputs]
+        return torch.stack(losses).sum()
 
 
 published: dict[str, tuple[RoutingLoss, ...]] = {

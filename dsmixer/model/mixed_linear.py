@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmixer.experts.apart import PerToken
+from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.experts.dropout import Dropout, drop
 from dsmixer.placement.exchange import Dispatched, Exchange, LocalExchange
@@ -87,8 +89,19 @@ class MixedLinear(nn.Module):
         # form keeps the input that the block shares instead of a dropped copy
         sent = context.once_a_block(assignment, dispatch) if travels and self.shared else dispatch()
         dropout = None if travels else self._draw_dropout()
+        if context.takes_outputs and context.routing.uses_router:
+            self._give_outputs(x_TD, assignment, dropout)
         delta_TO = self.exchange.combine(self.bank(sent.x_MD, sent.assignment, dropout), sent)
         return y + delta_TO.view_as(y)
+
+    def _give_outputs(self, x_TD: torch.Tensor, assignment: Assignment, dropout: Dropout | None) -> None:
+        """To a loss on what the experts put out, of the input that they see."""
+        assert not self.exchange.travels, "a token's experts are on several ranks"
+
+        def summed(per_token: PerToken, mask_T: torch.Tensor | None) -> torch.Tensor:
+            return self.bank.sum_apart(x_TD, assignment, dropout, per_token, mask_T)
+
+        self.context.take_outputs(summed, self.router_index, self.stream)
 
     def _draw_dropout(self) -> Dropout | None:
         return Dropout.draw(self.dropout) if self.training and self.dropout else None

@@ -26,6 +26,8 @@ blocks of them in float32; they are gone before a checkpointed layer runs again.
 largest mixer is what its form makes and frees again: for ``dense`` three tensors of n · E · R, for
 ``grouped`` n · K rows of 2 (D + O) + 3 R, with dropout the mask and the masked input, and a bank in the
 compute dtype; where tokens travel, n · M stands for n, and each of those is sent and received, 2 (D + O).
+A loss on what experts put out by themselves keeps nothing more. It makes at most ``OUTPUT_ELEMENTS`` outputs
+at a time, with the inputs of their pairs and both gradients, and a second gradient of the mixer's bank.
 
 Layers of an encoder-decoder model keep what ``placement.sides`` says, with as many tokens on both sides.
 
@@ -49,6 +51,9 @@ from dsmixer.placement.sides import (
 
 DENSE_LIMIT = 512
 """E · R up to which ``experts.dense`` multiplies all experts at once; a test holds the two together."""
+
+OUTPUT_ELEMENTS = 2**22
+"""Outputs of single experts that ``experts.apart`` makes at a time; a test holds the two together."""
 
 BLOCK_ELEMENTS = 2**20
 """Logits of a block in ``losses.task``; a test holds the two together."""
@@ -159,4 +164,15 @@ def _mixer_work(
     if request.dropout:
         made += n * (b + 1) * projection.in_features
     moved = 0 if arriving is None else 2 * n * b * width
+    if stage.outputs_apart:
+        gradient *= 2
+        made = max(made, _outputs_work(request, stage, projection))
     return int(cast + gradient + made + moved)
+
+
+def _outputs_work(request: PlanRequest, stage: StageShape, projection: Projection) -> int:
+    """Inputs of the pairs and their outputs, sorted by expert and not, their float32 and the gradients, of a
+    block; and the gradient of the whole input."""
+    b, each = request.base_bytes, stage.tokens * (stage.named(request.pool.num_experts) or 1)
+    elements = min(each * max(projection.in_features, projection.out_features), OUTPUT_ELEMENTS)
+    return elements * (4 * b + 3 * FLOAT32) + stage.tokens * b * projection.in_features

@@ -218,6 +218,7 @@ class StageShape:
         eight_bit: whether the experts' moments are kept in 8 bits.
         paged: whether moments are in memory that moves to the host.
         origin_on_host: whether the stage-one values are kept there.
+        outputs_apart: whether a loss reads what each expert of a token puts out.
     """
 
     name: str
@@ -232,6 +233,7 @@ class StageShape:
     eight_bit: bool = False
     paged: bool = False
     origin_on_host: bool = False
+    outputs_apart: bool = False
 
     @property
     def tokens(self) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 import xml.etree.ElementTree as ElementTree
 
+from dsmixer.report.colors import FOLLOWS_PAGE
+from dsmixer.report.text import harmless
+
 VOID = frozenset({"br", "col", "hr", "img", "meta"})
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
@@ -15,8 +18,8 @@ class Markup(str):
 
 
 def text(value: object) -> Markup:
-    """Any value as escaped text."""
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
+    """Any value as escaped text, in which nothing is hidden or turned round."""
+    return value if isinstance(value, Markup) else Markup(html.escape(harmless(str(value)), quote=True))
 
 
 def join(*parts: object) -> Markup:
@@ -57,8 +60,17 @@ def inline_svg(svg: str, key: str, label: str) -> Markup:
                 element.set(name, f"#{key}-{value[1:]}")
             elif "url(#" in value:
                 element.set(name, value.replace("url(#", f"url(#{key}-"))
+            elif name == "style":
+                element.set(name, _following(value))
     root.set("role", "img")
     root.set("aria-label", label)
     root.attrib.pop("height", None)
     root.set("width", "100%")
     return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _following(style: str) -> str:
+    """A style whose ink and lines are those of the page, light or dark."""
+    for color, variable in FOLLOWS_PAGE.items():
+        style = style.replace(color, f"var({variable})")
+    return style

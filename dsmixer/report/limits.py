@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_SHOWN = 64  # domains, experts or routers on one axis of a heat map
+MAX_WRITTEN = 16  # columns up to which the cells of a heat map carry their numbers
 
 
 def largest(weights: Sequence[float] | np.ndarray, limit: int = MAX_SHOWN) -> list[int]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from dsmixer.report import sections
+from dsmixer.report.colors import expert_colors
 from dsmixer.report.css import CSS
 from dsmixer.report.html import Markup, join, tag
+from dsmixer.report.parts.again import again
+from dsmixer.report.parts.headline import headline
+from dsmixer.report.parts.placement import placement
+from dsmixer.report.parts.routing import routing
+from dsmixer.report.parts.score_tables import evaluation
+from dsmixer.report.parts.texts import texts, whole_trace
+from dsmixer.report.parts.trained import balance, curves, trained
 from dsmixer.report.run_folder import RunFolder, read_run
 from dsmixer.report.scores import scores_of
+
+NOTHING_FROM_ELSEWHERE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def build_report(run_folder: Path) -> Path:
@@ -17,7 +27,7 @@ def build_report(run_folder: Path) -> Path:
 
     Args:
         run_folder: holds ``config.yaml``, and as far as the run came ``metrics.jsonl``, ``evaluation.json``,
-            ``routing.json`` and ``plan.json``.
+            ``routing.json``, ``examples.json`` and ``plan.json``.
 
     Returns:
         The page.
@@ -37,24 +47,42 @@ def build_report(run_folder: Path) -> Path:
 def render(run: RunFolder) -> str:
     """The whole page as text."""
     scores = scores_of(run.evaluation, run.config)
-    title = f"{run.name}: a mixture of LoRA experts"
+    parts = [
+        trained(run),
+        evaluation(scores),
+        routing(run),
+        texts(run),
+        curves(run),
+        balance(run),
+        placement(run),
+        again(run),
+    ]
     head = join(
         tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=NOTHING_FROM_ELSEWHERE),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", Markup(CSS)),
+        tag("title", f"{run.name}: a mixture of LoRA experts"),
+        tag("style", Markup(CSS + _expert_colors(run))),
     )
     body = join(
         tag("header", tag("h1", run.name), tag("p", _subtitle(run))),
-        sections.headline(run, scores),
-        sections.trained(run),
-        sections.curves(run),
-        sections.evaluation(scores),
-        sections.routing(run),
-        sections.plan(run),
+        headline(run, scores),
+        _contents(parts),
+        *parts,
     )
     page = tag("html", tag("head", head), tag("body", tag("main", body)), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
+
+
+def _contents(parts: list[Markup]) -> Markup:
+    """Links to the parts that there are."""
+    found = [re.match(r'<section id="(\w+)"><h2>(.*?)</h2>', part) for part in parts]
+    links = [tag("a", Markup(match[2]), href=f"#{match[1]}") for match in found if match]
+    return tag("nav", *links)
+
+
+def _expert_colors(run: RunFolder) -> str:
+    return "" if run.examples is None else expert_colors(whole_trace(run.examples).order())
 
 
 def _subtitle(run: RunFolder) -> str:

@@ -10,8 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsmixer.config.errors import UserError
-from dsmixer.report.figures import by_layer, gain_map, gain_title
-from dsmixer.report.plots import CYCLE, INK, MUTED, draw_heat_map, look
+from dsmixer.report.colors import INK, MUTED
+from dsmixer.report.figures import by_layer
+from dsmixer.report.gains import gain_map, gain_title
+from dsmixer.report.plots import CYCLE, draw_heat_map, look
 from dsmixer.report.run_folder import RoutingLoad, read_run
 from dsmixer.report.scores import scores_of
 

@@ -16,12 +16,15 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#1c2430", "#5b6675", "#e3e7ee"
-BLUE, ORANGE, GREEN = "#2563a8", "#d9722b", "#2e8b6f"
-CYCLE = ("#2563a8", "#d9722b", "#2e8b6f", "#8a5bb5", "#c2496b", "#7f8c3a", "#2a9db0", "#9c6b4e")
-LOAD = LinearSegmentedColormap.from_list("load", ("#f6f8fb", "#9cc3e6", "#2563a8", "#12305e"))
-GAIN = LinearSegmentedColormap.from_list("gain", ("#a8432b", "#efc7b8", "#f7f7f5", "#a8d5c4", "#1f7a5c"))
+from dsmixer.report.colors import EDGE, GAIN_SCALE, GRID, INK, LOAD_SCALE, MUTED, PALETTE
+from dsmixer.report.text import harmless
+
+CYCLE = PALETTE
+LOAD = LinearSegmentedColormap.from_list("load", LOAD_SCALE)
+GAIN = LinearSegmentedColormap.from_list("gain", GAIN_SCALE)
+ON_CELL = "#1c2431"  # text on a coloured cell, which is the same on a dark page
 NOTHING = "#d5d9e0"  # a cell that was not measured
+MAX_TICKS, MAX_MARKED = 12, 48
 MAX_POINTS = 600  # of one curve: a page stays small however long the run was
 
 _LOOK: dict[Any, Any] = {
@@ -31,7 +34,7 @@ _LOOK: dict[Any, Any] = {
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.edgecolor": "#aab2bf",
+    "axes.edgecolor": EDGE,
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -65,6 +68,7 @@ class Curve:
         x, y: its points; NaN in ``y`` is a gap.
         noisy: whether the points are drawn pale under their running mean.
         limit: whether it is a bound, drawn dashed.
+        marked: whether each point has a dot.
     """
 
     label: str
@@ -72,10 +76,26 @@ class Curve:
     y: np.ndarray
     noisy: bool = False
     limit: bool = False
+    marked: bool = False
 
 
-def line_figure(curves: Sequence[Curve], *, title: str, unit: str, x_label: str = "step") -> Figure:
-    """A line plot of a size that stays readable on a phone."""
+def line_figure(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    unit: str,
+    x_label: str = "step",
+    x_names: Sequence[str] = (),
+    y_from: float | None = None,
+) -> Figure:
+    """A line plot of a size that stays readable on a phone.
+
+    Args:
+        curves: at least one.
+        title, unit, x_label: of the figure and its axes.
+        x_names: of the points 0, 1, …, where they are no numbers; of many only some are written.
+        y_from: where the axis of values starts.
+    """
     with look():
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
@@ -85,22 +105,30 @@ def line_figure(curves: Sequence[Curve], *, title: str, unit: str, x_label: str 
         axes.set(title=title, xlabel=x_label, ylabel=unit)
         axes.grid(axis="y")
         axes.margins(x=0.02)
-        if len(curves) > 1:
+        if x_names:
+            places = range(0, len(x_names), -(-len(x_names) // MAX_TICKS))
+            axes.set_xticks(list(places), [_short(x_names[place]) for place in places])
+        if y_from is not None:
+            axes.set_ylim(bottom=y_from)
+        if len(curves) > 4:
+            figure.legend(loc="outside lower center", ncols=3)
+        elif len(curves) > 1:
             axes.legend()
     return figure
 
 
 def _draw_curve(axes: Axes, curve: Curve, color: str) -> None:
     x, y = thin(curve.x, curve.y)
-    marker = "o" if len(x) <= 2 else None
+    label = harmless(curve.label, keep="")
+    marker = "o" if len(x) <= 2 or (curve.marked and len(x) <= MAX_MARKED) else None
     if curve.limit:
-        axes.plot(x, y, color=color, linestyle=(0, (4, 3)), linewidth=1.1, label=curve.label)
+        axes.plot(x, y, color=color, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
         return
     if not curve.noisy or len(y) < 12:
-        axes.plot(x, y, color=color, linewidth=1.6, label=curve.label, marker=marker)
+        axes.plot(x, y, color=color, linewidth=1.6, label=label, marker=marker, markersize=4)
         return
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(x, running_mean(y, max(3, len(y) // 20)), color=color, linewidth=1.7, label=curve.label)
+    axes.plot(x, running_mean(y, max(3, len(y) // 20)), color=color, linewidth=1.7, label=label)
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -228,19 +256,20 @@ def _write_cells(axes: Axes, heat_map: HeatMap, centers: np.ndarray, norm: Norma
         for column, text in enumerate(texts):
             red, green, blue, _ = heat_map.colors(norm(np.nan_to_num(heat_map.values[row, column])))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-            color = "white" if dark and np.isfinite(heat_map.values[row, column]) else INK
+            color = "white" if dark and np.isfinite(heat_map.values[row, column]) else ON_CELL
             axes.text(centers[column], row + 0.5, text, ha="center", va="center", color=color, fontsize=7.5)
 
 
 def _short(name: str, limit: int = 28) -> str:
+    name = harmless(name, keep="")
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as SVG text, the same bytes for the same figure."""
+    """The figure as SVG text without a ground, the same bytes for the same figure."""
     buffer = io.StringIO()
     with look(), matplotlib.rc_context({"svg.hashsalt": "dsmixer"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return buffer.getvalue()
 
 

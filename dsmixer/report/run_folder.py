@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from dsmixer.config.errors import UserError
 from dsmixer.config.yaml_text import parse_yaml, read_text
+from dsmixer.report.held_out_texts import EXAMPLES_FILE, HeldOutTexts, read_examples
+from dsmixer.report.json_file import read_json
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_KEYS = ("domain", "method", "metric", "value")
@@ -27,6 +30,10 @@ class RoutingLoad:
         experts, domains: E and G names.
         load: ``[M, G, E]``, share of a domain's tokens whose first choice is the expert.
         own_first: ``[M, G]``, share whose first choice is the domain's own expert; NaN where it has none.
+        own_probability: ``[M, G]``, mean probability of that expert; NaN likewise, and where it is not known.
+        entropy: ``[M]``, mean token entropy, nats; NaN where it is not known.
+        expert_load: ``[M, E]``, share of all tokens whose first choice is the expert; of a run that did not
+            keep it, the mean of ``load`` over domains.
     """
 
     routers: list[str]
@@ -34,6 +41,9 @@ class RoutingLoad:
     domains: list[str]
     load: np.ndarray
     own_first: np.ndarray
+    own_probability: np.ndarray
+    entropy: np.ndarray
+    expert_load: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,9 @@ class RunFolder:
         evaluation: rows of ``evaluation.json``.
         routing: ``routing.json``.
         plan: ``plan.json``.
+        examples: ``examples.json``.
+        config_text: ``config.yaml`` as it stands there.
+        versions: of the libraries that trained, by name, from the newest checkpoint that is still there.
     """
 
     path: Path
@@ -55,6 +68,9 @@ class RunFolder:
     evaluation: list[dict[str, Any]]
     routing: RoutingLoad | None
     plan: dict[str, Any]
+    examples: HeldOutTexts | None = None
+    config_text: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -88,7 +104,8 @@ def read_run(folder: str | Path) -> RunFolder:
         problem = "this is no run folder: it holds no config.yaml" if path.is_dir() else "no such folder"
         raise UserError(problem, where=str(path), fix="give the folder of a run, such as runs/NAME")
     config_path = path / "config.yaml"
-    config = parse_yaml(read_text(config_path, "configuration"), str(config_path)).value
+    config_text = read_text(config_path, "configuration")
+    config = parse_yaml(config_text, str(config_path)).value
     if not isinstance(config, dict):
         raise UserError("a configuration is a mapping of sections", where=str(config_path))
     metrics: dict[int, list[dict[str, Any]]] = {}
@@ -100,7 +117,10 @@ def read_run(folder: str | Path) -> RunFolder:
         metrics=metrics,
         evaluation=_read_evaluation(path / "evaluation.json"),
         routing=_read_routing(path / "routing.json"),
-        plan=_read_json(path / "plan.json") or {},
+        plan=read_json(path / "plan.json") or {},
+        examples=read_examples(path / EXAMPLES_FILE),
+        config_text=config_text,
+        versions=_versions(path),
     )
 
 
@@ -121,21 +141,20 @@ def _metrics_row(line: str) -> dict[str, Any] | None:
     return row if whole else None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(read_text(path, "file"))
-    except json.JSONDecodeError as error:
-        fix = "write it again, or remove it to have a report without it"
-        raise UserError(f"malformed JSON: {error.msg}", where=f"{path}:{error.lineno}", fix=fix) from None
-    if not isinstance(value, dict):
-        raise UserError("a JSON object was expected", where=str(path))
-    return value
+def _versions(path: Path) -> dict[str, str]:
+    """Of the newest checkpoint; one that is being written, or is damaged, says nothing."""
+    for state in sorted(path.glob("checkpoints/stage*/step-*/state.json"), reverse=True):
+        try:
+            found = json.loads(state.read_text(encoding="utf-8")).get("versions")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(found, dict):
+            return {str(name): str(version) for name, version in found.items()}
+    return {}
 
 
 def _read_evaluation(path: Path) -> list[dict[str, Any]]:
-    value = _read_json(path)
+    value = read_json(path)
     if value is None:
         return []
     rows = value.get("rows")
@@ -151,15 +170,32 @@ def _read_evaluation(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_routing(path: Path) -> RoutingLoad | None:
-    value = _read_json(path)
+    value = read_json(path)
     if value is None:
         return None
     names = [[str(name) for name in value.get(key) or ()] for key in ("routers", "experts", "domains")]
     routers, experts, domains = names
     shape = (len(routers), len(domains), len(experts))
-    load = _array(value.get("load"), shape, f"{path}: load")
-    own_first = _array(value.get("own_first_share"), shape[:2], f"{path}: own_first_share")
-    return RoutingLoad(routers, experts, domains, load, own_first)
+    load, own_first, own_probability, entropy, expert_load = (
+        _array(value.get(key), of, f"{path}: {key}")
+        for key, of in {
+            "load": shape,
+            "own_first_share": shape[:2],
+            "own_probability": shape[:2],
+            "entropy": shape[:1],
+            "expert_load": (shape[0], shape[2]),
+        }.items()
+    )
+    if not np.isfinite(expert_load).any():
+        expert_load = mean_of(load, 1)
+    return RoutingLoad(routers, experts, domains, load, own_first, own_probability, entropy, expert_load)
+
+
+def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over what is a number; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of a mean over nothing
+        return np.asarray(np.nanmean(values, axis=axis))
 
 
 def _array(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:

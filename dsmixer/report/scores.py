@@ -11,7 +11,9 @@ import numpy as np
 
 EXPERT = "expert:"
 OWN = "own expert"
-METHOD_ORDER = ("base", "majority", OWN, "uniform", "mixture")
+AS_STAGE_ONE_LEFT_IT = "@stage1"  # behind an expert's name, as a method
+OWN_BEFORE = "own expert after stage one"
+METHOD_ORDER = ("base", "majority", OWN_BEFORE, OWN, "uniform", "mixture")
 METRIC_ORDER = ("loss", "accuracy", "accuracy_norm", "exact_match")
 
 
@@ -43,19 +45,19 @@ class Scores:
     @property
     def experts(self) -> list[str]:
         """Experts that were measured, in the order of the domains they serve, then by name."""
-        names = {method.removeprefix(EXPERT) for _, method, _ in self.values if method.startswith(EXPERT)}
+        methods = {method for _, method, _ in self.values if _group(method) == OWN}
+        names = {method.removeprefix(EXPERT) for method in methods}
         return _ordered(names, [self.expert_of[domain] for domain in self.domains])
 
     def methods(self, metric: str) -> list[str]:
         """Columns of a metric's table: every method, the experts drawn together as ``own expert``."""
         names = {method for _, method, other in self.values if other == metric}
-        grouped = {OWN if method.startswith(EXPERT) else method for method in names}
-        return _ordered(grouped, METHOD_ORDER)
+        return _ordered({_group(method) for method in names}, METHOD_ORDER)
 
     def value(self, domain: str, method: str, metric: str) -> float:
         """The value, NaN where it was not measured; ``own expert`` is the domain's own."""
-        if method == OWN:
-            method = f"{EXPERT}{self.expert_of[domain]}"
+        if method in (OWN, OWN_BEFORE):
+            method = f"{EXPERT}{self.expert_of[domain]}{AS_STAGE_ONE_LEFT_IT if method == OWN_BEFORE else ''}"
         return self.values.get((domain, method, metric), math.nan)
 
     def mean(self, method: str, metric: str) -> float:
@@ -99,6 +101,13 @@ def _experts(domains: Iterable[str], settings: Mapping[str, Any]) -> Iterable[tu
         if isinstance(entry, Mapping) and entry.get("expert")
     }
     return [(domain, str(named.get(domain, domain))) for domain in domains]
+
+
+def _group(method: str) -> str:
+    """The column of a method: experts stand together."""
+    if not method.startswith(EXPERT):
+        return method
+    return OWN_BEFORE if method.endswith(AS_STAGE_ONE_LEFT_IT) else OWN
 
 
 def _ordered(names: set[str], first: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OTHER = "*"
@@ -30,7 +31,7 @@ class TracedToken:
     entropy: float | None = None
     routers: Mapping[str, Sequence[tuple[str, float]]] | None = None
 
-    @property
+    @cached_property
     def leader(self) -> int | None:
         """The expert with the largest mean weight."""
         if self.weights is None:

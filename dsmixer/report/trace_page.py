@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsmixer.config.errors import UserError
+from dsmixer.report.colors import expert_colors
 from dsmixer.report.html import Markup, join, tag
-from dsmixer.report.trace_css import TRACE_CSS, expert_colors
-from dsmixer.report.trace_data import OTHER, Trace, TracedToken, visible
+from dsmixer.report.trace_css import TRACE_CSS
+from dsmixer.report.trace_data import Trace, visible
+from dsmixer.report.trace_tokens import legend, shown_code, token_element
 
 GENERATOR = "dsmixer trace"
 MAX_CELLS = 300_000  # of all tokens' tables by router: above that a page would be too large to open
-MAX_LEGEND = 40
-MAX_BARS = 5  # experts of one token that get a bar
 
 
 def check_target(path: Path) -> None:
@@ -51,9 +51,9 @@ def trace_page(trace: Trace) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="generator", content=GENERATOR),
         tag("title", title),
-        tag("style", Markup(TRACE_CSS + expert_colors(len(trace.experts)))),
+        tag("style", Markup(TRACE_CSS + expert_colors(trace.order()))),
     )
-    body = join(tag("h1", title), _lead(trace), _legend(trace), _parts(trace), _numbers(trace))
+    body = join(tag("h1", title), _lead(trace), legend(trace), _parts(trace), _numbers(trace))
     page = tag("html", tag("head", head), tag("body", tag("main", body)), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
 
@@ -71,26 +71,6 @@ def _lead(trace: Trace) -> Markup:
     )
 
 
-def _legend(trace: Trace) -> Markup:
-    symbols, led, means = trace.symbols(), trace.led(), trace.mean_weights()
-    rows = [
-        tag(
-            "li",
-            tag("b", symbols[e], class_=f"chip e{e}"),
-            tag("span", visible(trace.experts[e]), class_="name"),
-            tag("span", f"{means[e]:.1%} · leads {led[e]}", class_="figure"),
-        )
-        for e in (trace.order()[:MAX_LEGEND] if means else [])
-    ]
-    rest = len(trace.experts) - MAX_LEGEND
-    if rest > 0 and means:
-        weight = sum(means[e] for e in trace.order()[MAX_LEGEND:])
-        rows.append(
-            tag("li", tag("b", OTHER, class_="chip"), f"{rest} others ", tag("span", f"{weight:.1%}"))
-        )
-    return tag("ul", *rows, class_="legend")
-
-
 def _parts(trace: Trace) -> Markup:
     symbols, columns = trace.symbols(), Columns(trace.routers)
     detailed = len(trace.tokens) * len(trace.routers) <= MAX_CELLS
@@ -98,73 +78,12 @@ def _parts(trace: Trace) -> Markup:
     for part, title in (("prompt", "Prompt"), ("answer", "Answer")):
         tokens = [token for token in trace.tokens if token.part == part]
         if tokens:
-            shown = [_token(token, trace, symbols, columns if detailed else None) for token in tokens]
+            shown = [token_element(token, trace, symbols, columns if detailed else None) for token in tokens]
             found.append(tag("section", tag("h2", title), tag("div", *shown, class_="text")))
     if not detailed:
         note = "The text is too long for tables layer by layer; --json has these numbers."
         found.append(tag("p", note, class_="note"))
     return join(*found)
-
-
-def _token(token: TracedToken, trace: Trace, symbols: Sequence[str], columns: Columns | None) -> Markup:
-    shown = visible(token.text) or "·"
-    if token.weights is None:
-        unread = tag("span", tag("span", shown, class_="piece"), tag("i", "–"), class_="token unread")
-        return _on_its_line(unread, token)
-    leader = token.leader
-    assert leader is not None
-    summary = tag(
-        "summary",
-        tag("span", shown, class_="piece"),
-        tag("i", symbols[leader]),
-        title=f"{visible(trace.experts[leader])} {token.weights[leader]:.2f}",
-    )
-    panel = tag("div", *_panel(token, trace, symbols, columns), class_="panel")
-    opened = tag(
-        "details",
-        summary,
-        panel,
-        class_=f"token e{leader}",
-        name="token",
-        style=f"--w:{token.weights[leader]:.2f}",
-    )
-    return _on_its_line(opened, token)
-
-
-def _on_its_line(shown: Markup, token: TracedToken) -> Markup:
-    if token.text.endswith("\n"):
-        return join(shown, tag("br"))
-    return join(tag("br"), shown) if token.text.startswith("\n") else shown
-
-
-def _panel(token: TracedToken, trace: Trace, symbols: Sequence[str], columns: Columns | None) -> list[Markup]:
-    assert token.weights is not None
-    parts = [
-        tag("p", tag("code", shown_code(token)), f" id {token.id} · entropy {token.entropy:.2f} nats"),
-        tag("table", *_bars(token.weights, trace, symbols), class_="bars"),
-    ]
-    if columns is not None and token.routers is not None:
-        parts.append(columns.table(token.routers, trace, symbols))
-    return parts
-
-
-def shown_code(token: TracedToken) -> str:
-    """A token's text in quotes."""
-    return f"“{visible(token.text)}”"
-
-
-def _bars(weights: Sequence[float], trace: Trace, symbols: Sequence[str]) -> list[Markup]:
-    order = sorted(range(len(weights)), key=lambda e: (-weights[e], e))[:MAX_BARS]
-    return [
-        tag(
-            "tr",
-            tag("th", tag("b", symbols[e], class_=f"chip e{e}"), " ", visible(trace.experts[e])),
-            tag("td", tag("span", class_=f"bar e{e}", style=f"--w:{weights[e]:.3f}")),
-            tag("td", f"{weights[e]:.2f}", class_="number"),
-        )
-        for e in order
-        if weights[e] > 0
-    ]
 
 
 class Columns:
@@ -184,9 +103,10 @@ class Columns:
         self.names = list(dict.fromkeys(column for _, column in self.places.values()))
         self.paths = {place: path for path, place in self.places.items()}
 
-    def table(self, routers: object, trace: Trace, symbols: Sequence[str]) -> Markup:
+    def table(
+        self, routers: Mapping[str, Sequence[tuple[str, float]]], trace: Trace, symbols: Sequence[str]
+    ) -> Markup:
         """The loudest expert of one token at each router."""
-        assert isinstance(routers, dict)
         numbers = {name: e for e, name in enumerate(trace.experts)}
         short = [_last(name) for name in self.names]
         head = tag("tr", tag("th", "layer"), *(tag("th", name) for name in short))

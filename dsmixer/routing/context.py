@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from dsmixer.experts.apart import PerToken
 from dsmixer.experts.assignment import Assignment
 from dsmixer.routing.modes import Routing, modes, topk_of_logits
 from dsmixer.routing.requests import check_rows, forced_assignment, with_forced_rows
@@ -25,6 +26,12 @@ Prepared = TypeVar("Prepared")
 
 # (output of one router, index of the router) -> its loss summed over real tokens, a scalar with graph
 RouterLoss = Callable[[RouterOutput, int], torch.Tensor]
+
+# (a number a token of the outputs of its experts, mask) -> its sum over a mixer's real tokens
+SumApart = Callable[[PerToken, torch.Tensor | None], torch.Tensor]
+
+# (the same with the mask known, index of the router) -> the loss of one mixer, a scalar with graph
+MixerLoss = Callable[[Callable[[PerToken], torch.Tensor], int], torch.Tensor]
 
 
 Stream = Literal["decoder", "encoder"]
@@ -81,6 +88,7 @@ class RoutingContext:
         self._recording = False
         self._statistics: RoutingStatistics | None = None
         self._router_loss: RouterLoss | None = None
+        self._output_loss: MixerLoss | None = None
         self._loss_sum: torch.Tensor | None = None
         self._shared: _SharedAssignment | None = None
         self._at_home: dict[Stream, Assignment] = {}
@@ -100,16 +108,23 @@ class RoutingContext:
         batch: BatchRouting,
         statistics: RoutingStatistics | None = None,
         router_loss: RouterLoss | None = None,
+        output_loss: MixerLoss | None = None,
     ) -> Iterator[None]:
         """Around the forward pass of one micro-batch.
 
         The batch's ids stay after it, because activation checkpointing runs layers again in the backward
         pass and must see the same ones; statistics and losses are taken only inside, so each counts once.
-        The losses' function stays too: what is run again has to save the tensors that the first run saved.
+        The losses' functions stay too: what is run again has to save the tensors that the first run saved.
         ``clear`` after the backward pass ends both.
+
+        Args:
+            batch: its ids.
+            statistics: that its routers fill.
+            router_loss: of each router.
+            output_loss: of each mixer, on what its experts put out.
         """
         self.batch, self._statistics, self._router_loss = batch, statistics, router_loss
-        self._at_home = {}
+        self._output_loss, self._at_home = output_loss, {}
         self._loss_sum, self._recording, self._shared = None, True, None
         try:
             yield
@@ -119,22 +134,22 @@ class RoutingContext:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Around a pass that is no part of training, perhaps before the backward pass of one that is."""
-        kept = self.batch, self._statistics, self._router_loss, self._at_home
+        kept = self.batch, self._statistics, self._router_loss, self._output_loss, self._at_home
         self.clear()
         try:
             yield
         finally:
-            self.batch, self._statistics, self._router_loss, self._at_home = kept
+            self.batch, self._statistics, self._router_loss, self._output_loss, self._at_home = kept
 
     def take_loss(self) -> torch.Tensor | None:
-        """The routers' losses of the last recorded pass, summed over routers and real tokens."""
+        """The losses of the last recorded pass, summed over routers, mixers and real tokens."""
         loss, self._loss_sum = self._loss_sum, None
         return loss
 
     def clear(self) -> None:
         """Forget the batch and the routers' losses: the next pass is not part of training."""
         self.batch, self._shared, self._at_home = BatchRouting(), None, {}
-        self._statistics = self._router_loss = None
+        self._statistics = self._router_loss = self._output_loss = None
 
     def assign(
         self,
@@ -226,7 +241,20 @@ class RoutingContext:
         if self._recording and self._statistics is not None:
             self._statistics.record(index, output, domains_T)
         if self._router_loss is not None and (self._recording or torch.is_grad_enabled()):
-            loss = self._router_loss(output, index)
-            # run again by activation checkpointing, only the tensors it saves are wanted
-            if self._recording:
-                self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+            self._add_loss(self._router_loss(output, index))
+
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether a loss is taken of what experts put out."""
+        return self._output_loss is not None and (self._recording or torch.is_grad_enabled())
+
+    def take_outputs(self, summed: SumApart, index: int, stream: Stream) -> None:
+        """The loss of one mixer; ``summed`` adds up a number a token, ``index`` is that of its router."""
+        assert self._output_loss is not None
+        mask_T = self.batch.of(stream).mask_T
+        self._add_loss(self._output_loss(lambda per_token: summed(per_token, mask_T), index))
+
+    def _add_loss(self, loss: torch.Tensor) -> None:
+        # run again by activation checkpointing, only the tensors it saves are wanted
+        if self._recording:
+            self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss

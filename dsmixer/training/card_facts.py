@@ -13,7 +13,7 @@ from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.report.figures import routing_figures
 from dsmixer.report.plots import look
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics, read_run
-from dsmixer.training.stage_run import RunState
+from dsmixer.training.run_state import RunState
 
 ROUTING_PICTURE = "routing.png"
 

@@ -34,7 +34,8 @@ class RunData:
 
     Attributes:
         domains: with the examples that are left to stage one.
-        router_examples: of stage two, if it is on.
+        router_examples: what the routers train on, where stage two is on or ``stage2.data.held_out`` says
+            that examples are kept.
         num_skipped: bad records passed over, of the domains and of the routers' own source; those that name
             no domain of the run are in the quarantine file alone.
     """
@@ -58,8 +59,13 @@ class RunData:
         return [experts.index(d.expert) if d.expert in experts else -1 for d in self.domains]
 
 
+def keeps_router_examples(recipe: Recipe) -> bool:
+    """Whether a run has examples for the routers, be it that stage two of another run trains on them."""
+    return recipe.stage2.enabled or recipe.stage2.data.held_out is not None
+
+
 def load_run_data(recipe: Recipe, quarantine: Path | None) -> RunData:
-    """Read the domains; where stage two is on, keep its share from stage one.
+    """Read the domains; where stage two is on, or the recipe says how many, keep its share from stage one.
 
     Args:
         recipe: the run's.
@@ -73,7 +79,7 @@ def load_run_data(recipe: Recipe, quarantine: Path | None) -> RunData:
     seed = recipe.run.seed
     domains = load_domains(recipe.data, seed=seed, quarantine=quarantine)
     num_skipped = sum(domain.skipped for domain in domains)
-    if not recipe.stage2.enabled:
+    if not keeps_router_examples(recipe):
         return RunData(domains, [], num_skipped)
     domains, router_examples, of_source = hold_out_router_examples(
         domains,

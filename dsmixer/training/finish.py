@@ -11,17 +11,22 @@ import torch
 from dsmixer.adapters.mixture_folder import save_mixture
 from dsmixer.checkpoint.atomic import write_text
 from dsmixer.config.schema import Recipe
+from dsmixer.evaluation.harness import score_tasks
+from dsmixer.evaluation.harness_tasks import read_tasks
 from dsmixer.evaluation.methods import evaluate_mixture
+from dsmixer.evaluation.routing_analysis import write_texts
 from dsmixer.evaluation.table import print_evaluation, write_evaluation
 from dsmixer.model.load import LoadedBase
 from dsmixer.report.page import build_report
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
+from dsmixer.training.before_stage_two import before_stage_two, kinds_to_score
 from dsmixer.training.card_facts import card_facts, routing_picture
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.progress import console, print_summary
+from dsmixer.training.run_state import RunState
 from dsmixer.training.saving import whole_weights
-from dsmixer.training.stage_run import RunState
 from dsmixer.training.telling import lossy
+from dsmixer.training.tensorboard import draw_held_out
 from dsmixer.training.world import once
 
 Tensors = dict[str, torch.Tensor]
@@ -115,9 +120,31 @@ def _evaluate(state: RunState, base: LoadedBase, engine: StageEngine) -> dict[st
         recipe.evaluation.model_copy(update={"batch_size": _rows(recipe)}),
         max_length=recipe.data.max_length,
         seed=recipe.run.seed,
+        kinds=kinds_to_score(state),
+        stage_one=before_stage_two(state),
     )
+    if recipe.evaluation.tasks:
+        _add_tasks(result, state, base, engine)
     state.keep_lock()
     once(state.world, lambda: write_evaluation(state.folder.path, result))
+    once(state.world, lambda: write_texts(state.folder.path, result["routing"], base.tokenizer))
+    once(state.world, lambda: draw_held_out(state.folder.path, enabled=recipe.run.tensorboard))
     if state.world.rank == 0:
         print_evaluation(result, console(lossy(sys.stdout)))
     return result
+
+
+def _add_tasks(result: dict[str, Any], state: RunState, base: LoadedBase, engine: StageEngine) -> None:
+    """Run lm-eval's tasks on the live engine, base and mixture, and put their figures beside the domains'."""
+    recipe = state.loaded.recipe
+    state.say(f"running the tasks {', '.join(recipe.evaluation.tasks)}")
+    scored = score_tasks(
+        engine.engine,
+        base.tokenizer,
+        read_tasks(recipe.evaluation.tasks, where=state.loaded.where("evaluation.tasks")),
+        ("base", "mixture"),
+        batch_size=_rows(recipe),
+        limit=recipe.evaluation.max_examples,
+    )
+    result["rows"] += scored["rows"]
+    result["tasks"] = scored["tasks"]

@@ -155,7 +155,8 @@ class Loop:
         if self.flat_rows:
             micro = micro.flat()
         router_loss, router_scale = stage.router_loss()
-        with context.recording(stage.batch_routing(micro), statistics, router_loss):
+        batch = stage.batch_routing(micro)
+        with context.recording(batch, statistics, router_loss, stage.output_loss()):
             # no name for the logits: the backward pass may free them before it comes to the layers
             losses_BS = target_losses(engine(**micro.inputs(), use_cache=False).logits, micro.targets)
         objective = (losses_BS * stage.token_weights(micro)).sum()

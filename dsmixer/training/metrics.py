@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from dsmixer.checkpoint.atomic import flush, make_folder, write_text
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
@@ -90,6 +91,25 @@ def _own_expert_share(statistics: RoutingStatistics, expert_of_domain: Sequence[
     total = float(counts_MGE.sum())
     own = float(counts_MGE[:, torch.arange(len(domains)), experts].sum())
     return own / total if total else None
+
+
+class DeviceMemory:
+    """What the tensors of this rank take on its device, from now on; a CPU's allocator does not count.
+
+    Args:
+        device: of the rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type != "cpu":
+            get_accelerator().reset_peak_memory_stats(device.index)
+
+    def metrics(self) -> dict[str, int]:
+        """``peak_memory``: the most so far, in bytes; nothing on a CPU."""
+        if self._device.type == "cpu":
+            return {}
+        return {"peak_memory": get_accelerator().max_memory_allocated(self._device.index)}
 
 
 class MetricsLog:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsmixer.config.batch import accumulation_steps
+from dsmixer.config.checks import check_outputs_here, needs_outputs
 from dsmixer.config.ds_json import deepspeed_config
 from dsmixer.config.recipe import STAGES, LoadedRecipe
 from dsmixer.config.stages import Stage2Config, StageConfig
@@ -51,7 +52,7 @@ def plan_request(
         slots: in which stage one draws the experts' data; None: such as ``facts.tokens`` will lead to.
 
     Raises:
-        UserError: the rows of a step cannot be dealt out to the ranks.
+        UserError: the rows of a step cannot be dealt out to the ranks, or a loss does not go with the mode.
     """
     recipe = loaded.recipe
     written = recipe.deepspeed.zero_stage
@@ -70,12 +71,19 @@ def plan_request(
         checkpointing=recipe.base.activation_checkpointing,
         dropout=recipe.mixer.dropout > 0,
         engine=EngineSizes.from_config(zero_block),
-        mode=recipe.placement.mode,
+        mode=_mode(loaded),
         zero_stage=written if isinstance(written, int) else None,
         expert_parallel_size=size if isinstance(size, int) else None,
         slots=slots,
         offload=_offload(zero_block),
     )
+
+
+def _mode(loaded: LoadedRecipe) -> str:
+    """The mode asked for, or the only one there is for a loss on what single experts put out."""
+    check_outputs_here(loaded)
+    asked, stage = loaded.recipe.placement.mode, loaded.recipe.stage2
+    return "replicate" if asked == "auto" and stage.enabled and needs_outputs(stage) else asked
 
 
 def _offload(zero_block: Mapping[str, Any]) -> frozenset[str]:
@@ -124,6 +132,7 @@ def _stages(loaded: LoadedRecipe, num_experts: int, world_size: int) -> list[Sta
                 eight_bit=stage.optimizer.endswith("8bit"),
                 paged=stage.optimizer.startswith("paged"),
                 origin_on_host=second is not None and second.preserve.origin == "host",
+                outputs_apart=second is not None and needs_outputs(second),
             )
         )
     return shapes

@@ -13,6 +13,7 @@ from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import STAGES, LoadedRecipe
 from dsmixer.config.schema import Recipe
 from dsmixer.data.chat import rendered
+from dsmixer.evaluation.harness_tasks import read_tasks
 from dsmixer.losses.choice import routing_terms
 from dsmixer.model.load import bare_base, load_tokenizer
 from dsmixer.model.quantized import check_packing_works
@@ -87,6 +88,18 @@ def _check_paged(loaded: LoadedRecipe, device: torch.device) -> None:
             )
 
 
+def _check_tasks(loaded: LoadedRecipe, data: RunData) -> None:
+    """Refuse tasks that could not be run at the end."""
+    evaluation, where = loaded.recipe.evaluation, loaded.where("evaluation.tasks")
+    if not evaluation.tasks or not evaluation.enabled:
+        return
+    later = f"after the run: dsmixer evaluate RUN --tasks {','.join(evaluation.tasks)}"
+    read_tasks(evaluation.tasks, where=where, code_fix=f"{later} --run-generated-code")
+    if not any(domain.test for domain in data.domains):
+        problem = "tasks are run beside the evaluation of the domains, and no domain has a test part"
+        raise UserError(problem, where=where, fix=f"give a domain a test part, or {later}")
+
+
 def read_inputs(loaded: LoadedRecipe, quarantine: Path | None, device: torch.device) -> tuple[RunData, Start]:
     """Read data and adapters or a mixture, and hold them and the recipe against the base's structure.
 
@@ -115,6 +128,7 @@ def read_inputs(loaded: LoadedRecipe, quarantine: Path | None, device: torch.dev
         check_routing(loaded, names)
         routing_terms(recipe.stage2)
     check_conversations(data, load_tokenizer(recipe.base.model, recipe.base.revision))
+    _check_tasks(loaded, data)
     return data, start
 
 

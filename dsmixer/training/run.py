@@ -44,9 +44,10 @@ from dsmixer.training.resume import (
     told,
 )
 from dsmixer.training.run_folder import RunFolder, claim_run_folder, find_run_folder
+from dsmixer.training.run_state import RunState
 from dsmixer.training.same_data import check_same_data, check_same_tokens
 from dsmixer.training.saving import check_fits, load_weights
-from dsmixer.training.stage_run import RunState, run_stage, trainable
+from dsmixer.training.stage_run import run_stage, trainable
 from dsmixer.training.standing import stands_alone
 from dsmixer.training.telling import tell
 from dsmixer.training.together import keep_lock
@@ -291,7 +292,7 @@ def mixer_config(recipe: Recipe, experts: Sequence[str], pool: Pool | None) -> M
         router=mixer.router,
         router_std=mixer.router_std,
         compute=mixer.compute,
-        routing=stage2.routing,
+        routing=stage2.inference_routing or stage2.routing,
         top_k=min(stage2.top_k, len(experts)),
         renormalize=stage2.renormalize,
         top_p=stage2.top_p,

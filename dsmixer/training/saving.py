@@ -250,14 +250,24 @@ def _wanted(engine: StageEngine, flat_of: Callable[[int], torch.Tensor]) -> Iter
 
 def load_weights(mixture: Mixture, saved: SavedCheckpoint) -> None:
     """Weights of a checkpoint into a mixture that has no engine; a collective where ZeRO-3 partitioned it."""
-    own = dict([*mixture.expert_parameters(), *mixture.router_parameters()])
+    _load(mixture, saved, "weights", [*mixture.expert_parameters(), *mixture.router_parameters()])
+
+
+def load_experts(mixture: Mixture, saved: SavedCheckpoint, kind: str) -> None:
+    """``weights`` of a checkpoint's experts, or their ``origin``, into a mixture, also inside an engine that
+    makes no more steps; a collective where ZeRO-3 partitioned it."""
+    _load(mixture, saved, kind, list(mixture.expert_parameters()))
+
+
+def _load(mixture: Mixture, saved: SavedCheckpoint, kind: str, named: Sequence[Named]) -> None:
+    own = dict(named)
     local = [mixture.expert_names[expert] for expert in mixture.placement.layout.local]
 
     def fill(name: str, tensor: torch.Tensor) -> None:
         rows: list[tuple[str | None, torch.Tensor]] = [(None, tensor.view(-1))]
         if is_bank(name):
             rows = list(zip(local, tensor.view(len(local), -1), strict=True))
-        saved.fill("weights", (Wanted(name, expert, 0, row) for expert, row in rows))
+        saved.fill(kind, (Wanted(name, expert, 0, row) for expert, row in rows))
 
     for name in saved.state.shapes:
         if name in own:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -14,25 +14,18 @@ from dsmixer.checkpoint.publish import list_checkpoints
 from dsmixer.checkpoint.restore import SavedCheckpoint
 from dsmixer.checkpoint.retention import Retention
 from dsmixer.checkpoint.schema import step_name, step_of
-from dsmixer.config.changes import rows_asked
 from dsmixer.config.ds_json import deepspeed_config
-from dsmixer.config.recipe import STAGES, LoadedRecipe, dump_recipe
+from dsmixer.config.recipe import dump_recipe
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.model.inject import Mixture
-from dsmixer.training.checkpoints import Checkpoints
-from dsmixer.training.data import RunData, StageData
+from dsmixer.training.data import StageData
 from dsmixer.training.engine import StageEngine, start_engine
-from dsmixer.training.health import Stopped, StopRequest
-from dsmixer.training.lock import RunLock
+from dsmixer.training.health import Stopped
 from dsmixer.training.loop import Loop, StepReport
-from dsmixer.training.metrics import MetricsLog, routing_metrics
 from dsmixer.training.moments import Keep
-from dsmixer.training.nonfinite import NonFinitePolicy
 from dsmixer.training.optimizer import AdamSettings
 from dsmixer.training.progress import Progress
-from dsmixer.training.pulse import Pulse
-from dsmixer.training.resume import TakeUp
-from dsmixer.training.run_folder import RunFolder
+from dsmixer.training.run_state import RunState
 from dsmixer.training.saving import (
     Save,
     SaveError,
@@ -41,54 +34,11 @@ from dsmixer.training.saving import (
     restore_optimizer,
     save_checkpoint,
 )
-from dsmixer.training.stages import HardStage, SoftStage, Stage, expert_lookup
+from dsmixer.training.stage_logs import StageLogs, open_logs
+from dsmixer.training.stages import HardStage, SoftStage, Stage, expert_lookup, routing_in_training
 from dsmixer.training.symptoms import Symptoms
-from dsmixer.training.telling import tell, tell_problem
-from dsmixer.training.tensorboard import TensorBoardLog
-from dsmixer.training.together import keep_lock, stop_together
-from dsmixer.training.world import World, once
-
-
-@dataclass
-class RunState:
-    """What the stages of a run share."""
-
-    loaded: LoadedRecipe
-    taken: TakeUp
-    checkpoints: Checkpoints
-    world: World
-    mixture: Mixture
-    data: RunData
-    stop_request: StopRequest
-    ds_path: str | None = None
-    lock: RunLock | None = None
-    pulse: Pulse = field(default_factory=Pulse)
-    nonfinite: NonFinitePolicy = field(default_factory=NonFinitePolicy)
-
-    @property
-    def folder(self) -> RunFolder:
-        """Of the run."""
-        return self.checkpoints.folder
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Global batch of each enabled stage."""
-        enabled = [name for name in STAGES if self.loaded.stage(name).enabled]
-        return {name: rows_asked(self.loaded, name, self.world.size) for name in enabled}
-
-    def say(self, text: str) -> None:
-        """A line on rank 0."""
-        if self.world.rank == 0:
-            tell(text)
-
-    def keep_lock(self) -> None:
-        """Raises ``LockLostError`` on all ranks where another job has the run folder; a collective."""
-        keep_lock(self.world, self.lock)
-
-    def warn(self, text: str) -> None:
-        """A line on rank 0, on standard error."""
-        if self.world.rank == 0:
-            tell_problem(f"warning: {text}")
+from dsmixer.training.together import stop_together
+from dsmixer.training.world import once
 
 
 def adam_settings(config: StageConfig, experts: Sequence[str] = ()) -> AdamSettings:
@@ -137,7 +87,7 @@ def make_stage(state: RunState, number: int, data: StageData, usage: torch.Tenso
         config=recipe.stage2,
         num_steps=data.sampler.num_steps,
         mixture=mixture,
-        routing=mixture.config.default_routing(),
+        routing=routing_in_training(recipe.stage2, mixture.config),
         device=device,
         num_domains=len(state.data.domains),
         expert_of_domain=expert_lookup(of_domain, device),
@@ -232,7 +182,7 @@ class _StageLog:
             mixture.context.routed(self.stage.routing),
             self._progress(start) as progress,
         ):
-            with _logs(self.state, self.stage, start) as logs:
+            with open_logs(self.state, self.stage, start) as logs:
                 for step in range(start, self.stage.num_steps):
                     report = loop.run_step(step)
                     logs.write(report)
@@ -252,7 +202,7 @@ class _StageLog:
             world_rank=self.state.world.rank,
         )
 
-    def _save_where_due(self, loop: Loop, report: StepReport, logs: _Logs) -> None:
+    def _save_where_due(self, loop: Loop, report: StepReport, logs: StageLogs) -> None:
         if math.isfinite(report.loss):
             self.losses.append(report.loss)
         last = report.step == self.stage.num_steps
@@ -300,80 +250,3 @@ class _StageLog:
         if self.saved_step is None:
             return "Nothing is lost that was saved before; make room and run the same command again"
         return f"{step_name(self.saved_step)} is whole; make room and run the same command again"
-
-
-@dataclass
-class _Logs:
-    """metrics.jsonl and TensorBoard of one stage; on ranks above 0 nothing."""
-
-    state: RunState
-    stage: Stage
-    metrics: MetricsLog | None
-    tensorboard: TensorBoardLog | None
-
-    def write(self, report: StepReport) -> None:
-        """One step, if it is to be logged, or was skipped: those are counted over the starts of a run."""
-        every = self.state.loaded.recipe.run.log_every
-        last = report.step == self.stage.num_steps
-        due = last or report.skipped or report.step % every == 0
-        if self.metrics is None or not due or self._is_anothers():
-            return
-        row = self.metrics.write(self.stage.number, report.step, self._values(report))
-        if self.tensorboard is not None:
-            self.tensorboard.write(self.stage.number, report.step, row, report.statistics, last=last)
-
-    def _is_anothers(self) -> bool:
-        """Whether the folder is another job's by now; this one stops at its next save."""
-        return self.state.lock is not None and self.state.lock.lost
-
-    def flush(self) -> None:
-        """Put the rows so far on the disk, before the checkpoint that they lead to."""
-        if self.metrics is not None and not self._is_anothers():
-            self.metrics.flush()
-
-    def _values(self, report: StepReport) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "loss": report.loss,
-            "task_loss": report.task_loss,
-            "rsl": report.rsl,
-            "preserve": report.preserve,
-            "learning_rate": report.learning_rate,
-            "router_learning_rate": report.router_learning_rate,
-            "grad_norm": report.grad_norm,
-            "skipped": int(report.skipped),
-            "tokens": report.tokens,
-            "target_tokens": report.target_tokens,
-            "seconds": report.seconds,
-            "tokens_per_second": report.tokens / report.seconds,
-        }
-        if report.statistics is not None:
-            names = self.state.mixture.expert_names
-            experts = self.state.data.expert_of_domain(names)
-            return values | routing_metrics(report.statistics, expert_names=names, expert_of_domain=experts)
-        # no router takes part in stage one; the keys are there for whoever reads every row
-        return values | {"routing_entropy": None, "load_variance": None}
-
-    def __enter__(self) -> _Logs:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for log in (self.metrics, self.tensorboard):
-            if log is not None:
-                log.close()
-
-
-def _logs(state: RunState, stage: Stage, start: int) -> _Logs:
-    if state.world.rank != 0:
-        return _Logs(state, stage, None, None)
-    restored = (stage.number, start) if start or stage.number == 2 else None
-    metrics = MetricsLog(state.folder.path, restored=restored)
-    tensorboard = None
-    if state.loaded.recipe.run.tensorboard:
-        tensorboard = TensorBoardLog(
-            state.folder.tensorboard,
-            world_rank=0,
-            expert_names=state.mixture.expert_names,
-            domain_names=state.data.domain_names,
-            router_names=list(state.mixture.routers),
-        )
-    return _Logs(state, stage, metrics, tensorboard)

@@ -5,8 +5,8 @@ Shapes: B rows, S positions, E experts, U units of the optimizer (experts, then 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,12 +14,13 @@ import torch
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.data.collate import MicroBatch, StepBatch
 from dsmixer.losses.choice import routing_terms
-from dsmixer.losses.interface import Extras
+from dsmixer.losses.interface import Extras, PerToken
 from dsmixer.losses.rsl import ramp_at
 from dsmixer.losses.task import per_expert_weights
 from dsmixer.losses.terms import RoutingTerms
 from dsmixer.model.inject import Mixture
-from dsmixer.routing.context import BatchRouting, RouterLoss, Stream
+from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.routing.context import BatchRouting, MixerLoss, RouterLoss, Stream
 from dsmixer.routing.modes import Routing
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 from dsmixer.training.optimizer import StepPlan
@@ -45,6 +46,9 @@ class Stage(Protocol):
     def router_loss(self) -> tuple[RouterLoss | None, float]:
         """The routers' loss summed over real tokens, and what the sum is multiplied by."""
 
+    def output_loss(self) -> MixerLoss | None:
+        """A loss on what the experts of each mixer put out, a sum that is multiplied by the same."""
+
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         """The optimizer step, from the reduced statistics."""
 
@@ -55,6 +59,11 @@ class Stage(Protocol):
 def expert_lookup(expert_of_domain: Sequence[int], device: torch.device) -> torch.Tensor:
     """Expert of each domain, with -1 at the end, so that index -1 (padding) finds it."""
     return torch.tensor([*expert_of_domain, -1], dtype=torch.int64, device=device)
+
+
+def routing_in_training(config: Stage2Config, mixer: MixerConfig) -> Routing:
+    """How stage two routes, which the mixture that comes of it need not."""
+    return replace(mixer.default_routing(), mode=config.routing)
 
 
 def _rates(config: StageConfig, step: int, num_steps: int) -> float:
@@ -110,6 +119,9 @@ class HardStage:
 
     def router_loss(self) -> tuple[RouterLoss | None, float]:
         return None, 0.0
+
+    def output_loss(self) -> MixerLoss | None:
+        return None
 
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         rate = _rates(self.config, step, self.num_steps)
@@ -193,18 +205,37 @@ class SoftStage:
         return 1.0 / self._num_targets
 
     def router_loss(self) -> tuple[RouterLoss | None, float]:
-        ramp = ramp_at(self._step, self.num_steps, self.config.rsl.ramp)
-        terms, usage_NME, streams = self.terms, self.usage, self.mixture.streams
+        terms, usage_NME, streams, ramp = self.terms, self.usage, self.mixture.streams, self._ramp
         assert usage_NME is not None
-        # the sum over routers is divided by the decoder's tokens: what makes a sum of the encoder's a mean
-        share = self._num_tokens["decoder"] / self._num_tokens["encoder"]
 
         def per_router(output: RouterOutput, index: int) -> torch.Tensor:
             extras = Extras(labels_T=self._labels.get(streams[index]), trained_E=self._trained_E)
             found = terms(output, usage_NME[:, index], ramp, extras)
-            return found if streams[index] == "decoder" else found * share
+            return found if streams[index] == "decoder" else found * self._encoder_share
 
         return per_router, 1.0 / (self._num_tokens["decoder"] * len(self.mixture.routers))
+
+    def output_loss(self) -> MixerLoss | None:
+        terms, streams, ramp = self.terms, self.mixture.streams, self._ramp
+        if not terms.on_outputs:
+            return None
+        # the sum is divided by the number of routers, and this is a mean over mixers
+        share = len(self.mixture.routers) / len(self.mixture.mixers)
+
+        def per_mixer(summed: Callable[[PerToken], torch.Tensor], index: int) -> torch.Tensor:
+            found = share * terms.of_outputs(summed, ramp)
+            return found if streams[index] == "decoder" else found * self._encoder_share
+
+        return per_mixer
+
+    @property
+    def _ramp(self) -> float:
+        return ramp_at(self._step, self.num_steps, self.config.rsl.ramp)
+
+    @property
+    def _encoder_share(self) -> float:
+        """Losses are divided by the decoder's tokens: what makes a sum over the encoder's a mean."""
+        return self._num_tokens["decoder"] / self._num_tokens["encoder"]
 
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         assert statistics is not None

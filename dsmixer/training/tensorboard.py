@@ -1,4 +1,7 @@
-"""TensorBoard: the figures of ``metrics.jsonl`` as scalars, and heat maps of where tokens went.
+"""TensorBoard: the figures of ``metrics.jsonl`` as scalars, and pictures of where tokens went.
+
+While a stage trains, load by domain and by router and entropy by layer are drawn from the step's statistics;
+at the end of a run, what the report shows of held-out tokens.
 
 Shapes: M routers, G domains, E experts.
 """
@@ -7,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from dsmixer.report.limits import evenly, largest, shown, with_remarks
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training.telling import tell_problem
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
     from dsmixer.report.plots import HeatMap
@@ -27,7 +33,7 @@ Drawing = tuple[str, "HeatMap"]
 
 
 class TensorBoardLog:
-    """Scalars under ``stage1/`` and ``stage2/``, and heat maps of expert load by domain and by router.
+    """Scalars under ``stage1/`` and ``stage2/``, heat maps of expert load, and entropy by layer.
 
     Each stage has a folder of its own, because steps count from 1 in each and a resumed run makes TensorBoard
     forget what comes after the restored step. Only rank 0 writes; on other ranks every method does nothing.
@@ -127,14 +133,58 @@ class TensorBoardLog:
         return self._writers[stage]
 
     def _draw(self, writer: SummaryWriter, stage: int, step: int, statistics: RoutingStatistics) -> None:
-        from dsmixer.report.plots import as_pixels, heat_figure
+        from dsmixer.report.plots import heat_figure
 
         drawings = {"load_by_router": load_by_router(statistics, self.expert_names, self.router_names)}
         if statistics.num_domains and float(statistics.domain_MGE.sum()) > 0:
             drawings["load_by_domain"] = load_by_domain(statistics, self.expert_names, self.domain_names)
-        for name, (title, heat_map) in drawings.items():
-            pixels = as_pixels(heat_figure(heat_map, title=title))
-            writer.add_image(f"stage{stage}/{name}", pixels, step, dataformats="HWC")
+        figures = {name: heat_figure(heat_map, title=title) for name, (title, heat_map) in drawings.items()}
+        figures["entropy_by_layer"] = entropy_by_layer(statistics, self.router_names)
+        for name, figure in figures.items():
+            add_figure(writer, f"stage{stage}/{name}", figure, step)
+
+
+def draw_held_out(run_folder: Path, *, enabled: bool = True) -> None:
+    """Draw the report's figures of held-out tokens under ``held_out/``, over those of an earlier evaluation.
+
+    Load by domain and by layer, entropy by layer, probability of the own expert and how often it came first.
+    A disk that takes no more is told of, and ends no run.
+    """
+    from dsmixer.report.figures import routing_figures
+    from dsmixer.report.run_folder import read_run
+
+    routing = read_run(run_folder).routing if enabled else None
+    if routing is None:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = run_folder / "tensorboard" / "held_out"
+    try:
+        for earlier in folder.glob("events.*"):
+            earlier.unlink()
+        with SummaryWriter(str(folder)) as writer:
+            for title, figure in routing_figures(routing):
+                name = re.sub(r"\W+", "_", title.partition("\n")[0].lower())
+                add_figure(writer, f"held_out/{name}", figure, 0)
+    except OSError as error:
+        tell_problem(f"warning: {folder} is not complete: {error}")
+
+
+def add_figure(writer: SummaryWriter, name: str, figure: Figure, step: int) -> None:
+    """A figure as a picture."""
+    from dsmixer.report.plots import as_pixels
+
+    writer.add_image(name, as_pixels(figure), step, dataformats="HWC")
+
+
+def entropy_by_layer(statistics: RoutingStatistics, router_names: Sequence[str]) -> Figure:
+    """The line of the layers' mean token entropy, nats, under that of ``ln E``."""
+    from dsmixer.report.figures import entropy_figure, mean_by_layer
+
+    tokens_M = statistics.tokens_M.double()
+    entropy_M = torch.where(tokens_M > 0, statistics.entropy_M.double() / tokens_M, torch.nan)
+    names, entropy_L = mean_by_layer(router_names, entropy_M.cpu().numpy())
+    return entropy_figure("Entropy of a token, by layer", names, entropy_L, statistics.num_experts)
 
 
 def load_by_domain(

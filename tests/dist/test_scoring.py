@@ -49,6 +49,18 @@ def test_two_processes_give_the_scores_of_one(how, evaluations):
             assert got is want is None or got == pytest.approx(want, rel=1e-4)
         assert result["routing"]["load"] == alone["routing"]["load"]
         assert result["routing"]["own_first_share"] == alone["routing"]["own_first_share"]
+        assert result["texts"] and heard(result) == pytest.approx(heard(alone), abs=2e-4)
+
+
+def heard(result):
+    """Every weight and entropy of every token of the kept texts, whichever rank read them, by its place."""
+    found = {}
+    for number, text in enumerate(result["texts"]):
+        for place, token in enumerate(text["tokens"]):
+            at = number, text["domain"], place, token["id"]
+            found[at, "entropy"] = token["entropy"]
+            found |= {(at, expert): weight for expert, weight in token["weights"]}
+    return found
 
 
 def test_some_answers_match_and_others_do_not(evaluations):

@@ -147,12 +147,21 @@ TERMS = (
 )
 
 
+AESL = (
+    "stage2.routing_loss=[{loss: switch, settings: {alpha: 0.2}}, {loss: aesl_orthogonality, "
+    "settings: {weight: 0.5}}, {loss: aesl_variance, settings: {weight: 0.3}}]"
+)
+
+
 def _routing_losses() -> Iterator[Case]:
     """Losses of all kinds at once, each with its own usage of the step before."""
     spread = Layout(2, "tokens", 2, 2)
     yield Case("terms_one", 1, (zero(1), TERMS))
     yield Case("terms_spread", 2, (*spread.overrides, TERMS))
     yield Case("terms_stopped", 2, (*spread.overrides, TERMS), options={"stop_at": [[2, 3]]})
+    aesl = (zero(2), *SOFT_ORACLE, AESL, UNPACKED)
+    yield Case("aesl_oracle", 2, aesl)  # four micro-batches on each rank
+    yield Case("aesl_once", 1, (*aesl, *both(micro_batch_size=8), "checkpoint.every=3"))
 
 
 FEED_FORWARD = [Layout(2, "replicate", 2), Layout(2, "tokens", 1, 2), Layout(2, "weights", 3)]

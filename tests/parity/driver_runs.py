@@ -49,8 +49,8 @@ from dsmixer.training.health import Stopped
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.optimizer import StepPlan
 from dsmixer.training.run import RunRequest, train
+from dsmixer.training.run_state import RunState
 from dsmixer.training.saving import SaveError, whole_weights
-from dsmixer.training.stage_run import RunState
 from dsmixer.training.world import gather_objects
 
 

@@ -38,12 +38,12 @@ changed("unsupported placement", "deepspeed:", "placement: {mode: tokens}\ndeeps
 
 
 changed(
-    "unsupported lm-eval tasks",
+    "unknown lm-eval task",
     "  enabled: false",
-    "  tasks: [piqa]",
-    "piqa",
+    "  tasks: [dsmixer_arceasy]",
+    "dsmixer_arceasy",
     "evaluation.tasks",
-    "write tasks: []",
+    "write dsmixer_arc_easy",
 )
 
 

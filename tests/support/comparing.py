@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dsmixer.checkpoint.restore import read_whole
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory")
 LOSS, GRAD_NORM, WEIGHTS = 1e-5, 1e-4, 0.01
 """What a placement may change in float32, relative; weights by the distance that they have moved."""
 

@@ -6,6 +6,7 @@ each is a process of its own, forked from one that has imported them. Exit code 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ def run_caught(arguments: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported is never garbage: no command looks through it as it ends
     commands = json.loads(Path(sys.argv[1]).read_text())
     results = {name: run_caught(arguments) for name, arguments in commands.items()}
     Path(sys.argv[2]).write_text(json.dumps(results))

@@ -56,9 +56,12 @@ def domains_for(texts: list[str]) -> list[Domain]:
 
 
 def evaluate(model: nn.Module, texts: list[str]) -> dict[str, Any]:
-    return evaluate_mixture(
-        model, byte_tokenizer(), domains_for(texts), SimpleNamespace(**SETTINGS), max_length=48
+    """What ``evaluate_mixture`` returns, and under ``texts`` what ``examples.json`` would hold."""
+    tokenizer = byte_tokenizer()
+    result = evaluate_mixture(
+        model, tokenizer, domains_for(texts), SimpleNamespace(**SETTINGS), max_length=48
     )
+    return {**result, "texts": result["routing"].examples.as_json(tokenizer)["texts"]}
 
 
 def engine_of(model: nn.Module, stage: int) -> Any:

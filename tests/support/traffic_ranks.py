@@ -37,7 +37,7 @@ from dsmixer.training import stage_run
 from dsmixer.training.engine import StageEngine
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.run import RunRequest, train
-from dsmixer.training.stage_run import RunState
+from dsmixer.training.run_state import RunState
 
 RANKS = 4
 EVEN_TOKENS, EVEN_WIDTH = 6000, 3

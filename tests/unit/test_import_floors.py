@@ -12,6 +12,7 @@ PACKAGE = REPOSITORY / "dsmixer"
 FLOORS = (
     ("launch",),
     ("cli",),
+    ("compare",),
     ("baselines",),
     ("training",),
     ("adapters", "evaluation"),

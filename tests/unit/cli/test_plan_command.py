@@ -11,7 +11,9 @@ from transformers import LlamaConfig
 from unit.placement.llama3 import llama3_shape
 
 from dsmixer.cli.main import main
+from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import load_recipe
+from dsmixer.placement.choice import Candidate
 from dsmixer.placement.owners import owners_of, pack_slots
 from dsmixer.placement.plan import make_plan
 from dsmixer.placement.request import Cluster
@@ -94,6 +96,23 @@ def test_a_run_plans_with_the_slots_of_its_data(recipe: Path) -> None:
     free = make_plan(plan_request(loaded, llama3_shape(), facts, cluster))
     assert run.chosen.owners == owners_of(slots, 2)
     assert free.chosen.owners == owners_of(pack_slots([1.0, 1.0, 1.0], 2), 2)
+
+
+def test_a_loss_on_experts_outputs_leaves_the_plan_one_mode_and_more_work(recipe: Path) -> None:
+    """Where ``tokens`` would be cheaper, and a second gradient of a bank is taken."""
+    pool = PoolFacts([f"e{i}" for i in range(512)])
+    small = ["mixer.rank=64", "data.max_length=64", "stage1.enabled=false"]
+
+    def chosen(loss: str, *more: str) -> Candidate:
+        loaded = load_recipe(recipe, [*small, f"stage2.routing_loss={loss}", *more])
+        return make_plan(plan_request(loaded, llama3_shape(), pool, Cluster(8))).chosen
+
+    assert chosen("switch").layout.mode == "tokens" and chosen("aesl").layout.mode == "replicate"
+    plain, aesl = (chosen(loss, "placement.mode=replicate").memory for loss in ("switch", "aesl"))
+    more = aesl["stage2"].buffers - plain["stage2"].buffers
+    assert more > 0 and aesl["stage2"].activations == plain["stage2"].activations
+    with pytest.raises(UserError, match=r"(?s)AESL's orthogonality.*on several ranks.*mode: replicate"):
+        chosen("aesl", "placement.mode=tokens")
 
 
 def test_the_file_config_json_and_its_folder_are_the_same(

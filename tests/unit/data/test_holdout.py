@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmixer.config.errors import UserError
@@ -119,3 +121,84 @@ def test_skipped_records_of_domains_and_routers_end_in_one_file_however_often_th
 
 def locations(quarantine: Path) -> list[str]:
     return [json.loads(line)["location"] for line in quarantine.read_text().splitlines()]
+
+
+def drawn_by_hand(name: str, size: int, count: int, seed: int) -> set[str]:
+    """Locations of the examples that a domain of ``size`` gives, as they have been drawn from the beginning:
+    without replacement, by a generator of the seed, the purpose and the domain's name."""
+    digest = hashlib.sha256(repr((seed, "router examples", name)).encode()).digest()
+    places = np.random.default_rng(int.from_bytes(digest[:16], "little")).choice(size, count, replace=False)
+    return {f"{name}:{i}" for i in places}
+
+
+def locations_of(examples: list[Example]) -> list[str]:
+    return [example.location for example in examples]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_without_held_out_the_rows_are_those_of_every_run_before_it(seed: int) -> None:
+    rest, router, _ = hold_out_router_examples(DOMAINS, RouterDataConfig(max_examples=15), seed)
+    by_hand: set[str] = set()
+    for name, size, count in (("a", 100, 9), ("b", 50, 5), ("c", 2, 1)):
+        by_hand |= drawn_by_hand(name, size, count, seed)
+    assert set(locations_of(router)) == by_hand and len(router) == 15
+    assert all(by_hand.isdisjoint(locations_of(d.train)) for d in rest)
+    in_source_order = [e.location for d in DOMAINS for e in d.train if e.location in by_hand]
+    assert locations_of(router) == in_source_order
+
+
+def test_held_out_alone_decides_what_stage_one_has_left() -> None:
+    of = {
+        n: hold_out_router_examples(DOMAINS, RouterDataConfig(held_out=24, max_examples=n), 3)
+        for n in (1, 10, 24)
+    }
+    plain = hold_out_router_examples(DOMAINS, RouterDataConfig(max_examples=24), 3)
+    assert of[24] == plain, "as many as are held out are all of them"
+    assert [rest for rest, _, _ in of.values()] == [plain[0]] * 3
+    assert [len(router) for _, router, _ in of.values()] == [1, 10, 24]
+
+
+@given(
+    sizes=st.lists(st.integers(2, 40), min_size=1, max_size=5),
+    wanted=st.integers(1, 25),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_smaller_router_set_lies_in_every_larger_one_and_keeps_the_proportions(
+    sizes: list[int], wanted: int, seed: int
+) -> None:
+    domains = [domain(f"d{i}", size) for i, size in enumerate(sizes)]
+    before: set[str] = set()
+    _, whole, _ = hold_out_router_examples(
+        domains, RouterDataConfig(max_examples=wanted, max_share=0.5), seed
+    )
+    held = [sum(e.domain == d.name for e in whole) for d in domains]
+    for n in range(1, wanted + 1):
+        data = RouterDataConfig(held_out=wanted, max_examples=n, max_share=0.5)
+        router = locations_of(hold_out_router_examples(domains, data, seed)[1])
+        if n < wanted:
+            assert len(router) == min(n, len(whole))
+        assert before <= set(router) <= set(locations_of(whole))
+        counts = [sum(place.startswith(f"{d.name}:") for place in router) for d in domains]
+        # no domain is ahead of another by more than the one example that is next
+        shares = list(zip(counts, held, strict=True))
+        assert all((c - 1) / h <= other / of + 1e-12 for c, h in shares for other, of in shares)
+        before = set(router)
+
+
+def recipe_of(tmp_path: Path, **stage2: object) -> Recipe:
+    own = tmp_path / "law.jsonl"
+    own.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": " c"}) + "\n" for i in range(20)))
+    domains = [{"name": "law", "train": str(own)}]
+    sections = {"base": {"model": "unused"}, "data": {"domains": domains}, "stage2": stage2}
+    return Recipe.model_validate(sections)
+
+
+def test_what_is_held_out_is_kept_from_stage_one_also_where_stage_two_is_not_enabled(tmp_path: Path) -> None:
+    data = {"held_out": 4, "max_examples": 3, "max_share": 0.5}
+    with_stage_two = load_run_data(recipe_of(tmp_path, data=data), None)
+    without = load_run_data(recipe_of(tmp_path, enabled=False, data=data), None)
+    assert without == with_stage_two
+    assert len(without.domains[0].train) == 16 and len(without.router_examples) == 3
+    unsaid = load_run_data(recipe_of(tmp_path, enabled=False, data={"max_examples": 4}), None)
+    assert len(unsaid.domains[0].train) == 20 and unsaid.router_examples == []

@@ -1,28 +1,49 @@
-"""The page of recipe keys says what the schema says, and the site's menu leads to pages that are there."""
+"""The pages that are made of the code say what the code says."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import importlib.util
+import inspect
 import sys
+from pathlib import Path
+from types import ModuleType
 
-import yaml
+import pytest
 from support.launching import REPOSITORY
 
+import dsmixer
+from dsmixer.cli.main import main
 from dsmixer.config.schema import Recipe
 
 DOCS = REPOSITORY / "docs"
 
 
-def test_the_reference_is_in_step_with_the_schema() -> None:
-    done = subprocess.run(
-        [sys.executable, str(DOCS / "make_reference.py"), "--check"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def made() -> ModuleType:
+    """docs/make_reference.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["reference.md", "commands.md", "python.md"])
+def test_the_page_is_in_step_with_the_code(made: ModuleType, name: str) -> None:
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert page.split() == made.PAGES[name]().split(), "run: python docs/make_reference.py"
+
+
+def test_a_page_that_is_out_of_step_is_told(
+    made: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in made.PAGES:
+        (tmp_path / name).write_text((DOCS / name).read_text(encoding="utf-8"), encoding="utf-8")
+    commands = tmp_path / "commands.md"
+    commands.write_text(commands.read_text(encoding="utf-8").replace("--prompt TEXT", "--prompts TEXT"))
+    monkeypatch.setattr(made, "DOCS", tmp_path)
+    assert made.out_of_step() == ["commands.md"]
 
 
 def test_the_reference_has_every_key_of_every_section() -> None:
@@ -33,8 +54,24 @@ def test_the_reference_has_every_key_of_every_section() -> None:
         assert keys and all(f"| `{key}` |" in part for key in keys)
 
 
-def test_the_menu_names_pages_that_are_there() -> None:
-    menu = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]
-    pages = [page for entry in menu for page in entry.values()]
-    assert all((DOCS / page).is_file() for page in pages)
-    assert sorted(pages) == sorted(path.name for path in DOCS.glob("*.md"))
+def test_the_commands_are_shown_as_they_print_their_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "102")  # argparse leaves two columns free
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    for command in (["generate"], ["pool", "add"], ["train"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        shown = text.split(f"# dsmixer {' '.join(command)}\n\n```text\n")[1].split("```")[0]
+        assert shown.split() == capsys.readouterr().out.split()
+
+
+def test_every_public_name_has_its_docstring_and_its_parameters() -> None:
+    text = (DOCS / "python.md").read_text(encoding="utf-8")
+    for name in dsmixer.__all__:
+        part = text.split(f"\n### dsmixer.{name}\n")[1].split("\n### ")[0]
+        thing = getattr(dsmixer, name)
+        if inspect.isroutine(thing) or inspect.isclass(thing):
+            assert inspect.cleandoc(thing.__doc__ or "?").split("\n")[0] in part
+        if inspect.isfunction(thing):
+            assert all(f"{parameter}" in part for parameter in inspect.signature(thing).parameters)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch.nn import functional
 
+from dsmixer.config.checks import needs_outputs
 from dsmixer.config.errors import UserError
 from dsmixer.config.stages import RoutingLossName, RoutingMethod, RslConfig, Stage2Config
 from dsmixer.losses.balance import routing_losses
 from dsmixer.losses.choice import routing_terms
 from dsmixer.losses.rsl import RoutingSpecializationLoss
-from dsmixer.losses.terms import published
+from dsmixer.losses.terms import RoutingTerms, published
 from dsmixer.routing.modes import Routing, modes
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 
@@ -33,11 +36,23 @@ def test_unwritten_it_is_rsl_as_the_recipe_sets_it() -> None:
 
 
 def test_names_in_the_recipe_are_those_of_the_losses_and_methods_that_a_run_can_have() -> None:
-    # what asks for the outputs of single experts, which no compute form makes, can't be had in a run
-    unfit = {name for name, loss in routing_losses.items() if "outputs_TKO" in loss.needs}  # type: ignore[attr-defined]
-    assert unfit == {"aesl_orthogonality"}
-    assert set(get_args(RoutingLossName)) == set(routing_losses) - unfit
-    assert set(get_args(RoutingMethod)) == {*published, "none"} - {"aesl"}
+    assert set(get_args(RoutingLossName)) == set(routing_losses)
+    assert set(get_args(RoutingMethod)) == {*published, "none"}
+
+
+def test_the_checks_before_a_run_know_which_losses_read_experts_outputs() -> None:
+    """By their names alone, as no loss is made there."""
+    methods = {name for name in get_args(RoutingMethod) if needs_outputs(Stage2Config(routing_loss=name))}
+    losses = {
+        name
+        for name in get_args(RoutingLossName)
+        if needs_outputs(Stage2Config(routing_loss=[{"loss": "z"}, {"loss": name}]))
+    }
+    assert (
+        methods == {name for name, terms in published.items() if RoutingTerms(terms).on_outputs} == {"aesl"}
+    )
+    assert losses == {name for name in routing_losses if RoutingTerms((routing_losses[name](),)).on_outputs}
+    assert losses == {"aesl_orthogonality"}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +93,8 @@ def test_a_list_is_the_weighted_sum_of_its_losses() -> None:
         ({"loss": "switch", "settings": {"alpha": None}}, r"0\.settings\.alpha: expected a number"),
         ({"loss": "switch", "settings": {"usage": "top9"}}, r"0\.settings\.usage: 'top9' is no choice.*top1"),
         ({"loss": "mole", "settings": {"smooth_temperature": 0}}, r"smooth_temperature: 0 is not above 0"),
+        ({"loss": "aesl_orthogonality", "settings": {"epsilon": 0}}, r"epsilon: 0 is not above 0"),
+        ({"loss": "aesl_orthogonality", "settings": {"form": "gram"}}, r"'gram' is no choice.*paper, code"),
     ],
 )
 def test_a_wrong_setting_is_one_error_with_its_key(term: dict[str, Any], said: str) -> None:
@@ -90,3 +107,9 @@ def test_two_temperatures_of_one_count_are_refused() -> None:
     two = [{"loss": "mole"}, {"loss": "switch", "settings": {"usage": "smooth", "smooth_temperature": 2.0}}]
     with pytest.raises(UserError, match="temperatures"):
         routing_terms(Stage2Config(routing_loss=two))
+
+
+def test_every_loss_and_method_is_in_the_page_on_losses() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
+    first_cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {*routing_losses, *published} <= set(re.findall(r"`(\w+)`", " ".join(first_cells)))

@@ -69,25 +69,77 @@ def routing(domains: Sequence[str]) -> dict[str, object]:
         "domains": names,
         "load": load,
         "own_first_share": own_first,
+        "own_probability": [[share / 2] * 3 for share in own],
+        "entropy": [1.0, 0.9, 0.6, 0.4, 0.2, 0.1],
     }
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
+def plan() -> dict[str, object]:
+    kinds = {"base": 2_000_000, "experts": 123_456, "activations": 5_000_000, "peak": 7_200_000}
+    sent = {"gradients": 123_456, "tokens": 0, "total": 123_456}
+    return {
+        "mode": "replicate",
+        "zero_stage": 1,
+        "world_size": 2,
+        "bytes_per_rank": {"stage1": kinds, "stage2": {**kinds, "routers": 4096}},
+        "bytes_sent_per_step": {"stage1": sent, "stage2": sent},
+        "reason": "it sends least",
+    }
+
+
+def examples(domains: Sequence[str], text: str = "Sue said\nyes") -> dict[str, object]:
+    """Two texts a domain: at each token the own expert speaks loudest, and at the last one nobody is read."""
+    texts = []
+    for own, name in enumerate(domains):
+        spoken = [[own, 0.75], [(own + 1) % len(domains), 0.25]]
+        for _ in range(2):
+            tokens: list[dict[str, object]] = [
+                {
+                    "id": index,
+                    "text": piece,
+                    "part": "prompt" if index < 2 else "answer",
+                    "weights": spoken,
+                    "entropy": 0.5,
+                    "layers": [spoken, spoken[:1], []],
+                }
+                for index, piece in enumerate(text.replace(" ", "| ").split("|"))
+            ]
+            unread = {"id": 9, "text": "</s>", "part": "answer", "weights": None, "entropy": None}
+            tokens.append({**unread, "layers": None})
+            texts.append({"domain": name, "own_expert": name, "num_tokens": 40, "begin": 7, "tokens": tokens})
+    layers = ["layer 0", "layer 1", "layer 2"]
+    counts = {"num_domains": len(domains), "num_layers": 3}
+    return {"experts": list(domains), "layers": layers, **counts, "texts": texts}
+
+
+@pytest.fixture(scope="session")
+def write_run() -> Callable[..., Path]:
     """Write a run folder with the named parts (all unless told) over domains of the given names."""
 
-    def make(*parts: str, domains: Sequence[str] = DOMAINS, name: str = "run") -> Path:
-        folder = tmp_path / name
+    def write(
+        folder: Path, *parts: str, domains: Sequence[str] = DOMAINS, text: str = "Sue said\nyes"
+    ) -> Path:
         folder.mkdir()
         (folder / "config.yaml").write_text(dump_yaml(settings(domains)), encoding="utf-8")
         texts = {
             "metrics.jsonl": "\n".join(metrics_lines()),
             "evaluation.json": json.dumps(evaluation(domains)),
             "routing.json": json.dumps(routing(domains)),
-            "plan.json": json.dumps({"mode": "replicate", "bytes": {"experts": 123456}, "ranks": [0, 1]}),
+            "plan.json": json.dumps(plan()),
+            "examples.json": json.dumps(examples(domains, text)),
         }
         for part in parts or texts:
             (folder / part).write_text(texts[part], encoding="utf-8")
         return folder
+
+    return write
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., Path]:
+    """The same, in a folder of the test."""
+
+    def make(*parts: str, name: str = "run", **options: object) -> Path:
+        return write_run(tmp_path / name, *parts, **options)
 
     return make

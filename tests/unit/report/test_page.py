@@ -12,7 +12,8 @@ import pytest
 
 from dsmixer.cli import report as report_command
 from dsmixer.config.errors import UserError
-from dsmixer.report.figures import by_layer, gain_map, layer_of
+from dsmixer.report.figures import by_layer, layer_of
+from dsmixer.report.gains import gain_map
 from dsmixer.report.html import VOID, tag
 from dsmixer.report.page import build_report
 from dsmixer.report.picture import result_picture
@@ -123,11 +124,17 @@ def test_every_part_is_told_about(make_run):
         "First expert of a token, by domain",
         "First expert of a token, by layer",
         "Own expert first, by layer and domain",
-        "bytes: experts",
-        "123,456",
+        "123.46 kB",
+        "7.20 MB",
+        "it sends least",
+        "Probability of the own expert, by layer and domain",
+        "Entropy of a token, by layer, beside ln E",
+        "Routing loss",
+        "Texts, token by token",
+        "deepspeed --num_accelerators 2 launch/train.py",
     ):
         assert expected in page.text, expected
-    assert len(page.tags("svg")) == 9
+    assert len(page.tags("svg")) == 11
 
 
 def test_evaluation_table_has_the_values_the_recovered_share_and_marks_the_best(make_run):
@@ -157,7 +164,7 @@ def test_headline_says_what_the_routers_do_after_the_first_layer(make_run):
 @pytest.mark.parametrize(
     ("parts", "absent"),
     [
-        (("metrics.jsonl",), ["First expert", "Placement plan"]),
+        (("metrics.jsonl",), ["First expert", "Placement and memory"]),
         (("evaluation.json",), ["Stage one: loss", "First expert"]),
         (("routing.json", "plan.json"), ["Stage one: loss", "Held-out loss"]),
     ],

@@ -1,0 +1,54 @@
+"""The result of a run in a few tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from dsmixer.report.figures import by_layer
+from dsmixer.report.html import Markup, tag
+from dsmixer.report.run_folder import RoutingLoad, RunFolder
+from dsmixer.report.scores import Scores
+from dsmixer.report.text import percent
+
+
+def headline(run: RunFolder, scores: Scores) -> Markup:
+    """The result in a few tiles."""
+    tiles = [
+        tag("div", tag("b", figure), tag("span", what), class_="tile") for figure, what in _tiles(run, scores)
+    ]
+    return tag("div", *tiles, class_="tiles") if tiles else Markup("")
+
+
+def _tiles(run: RunFolder, scores: Scores) -> Iterator[tuple[str, str]]:
+    shares = {domain: scores.share_of_own_gain(domain, "mixture") for domain in scores.domains}
+    known = {domain: share for domain, share in shares.items() if not math.isnan(share)}
+    if known:
+        worst = min(known, key=lambda domain: known[domain])
+        mean = float(np.mean(list(known.values())))
+        yield percent(mean), "of the own expert's gain recovered, mean of domains"
+        yield percent(known[worst]), f"recovered where it is least ({worst})"
+    pairs = [
+        tuple(scores.value(domain, method, "loss") for method in ("mixture", "uniform"))
+        for domain in scores.domains
+    ]
+    pairs = [pair for pair in pairs if not any(math.isnan(value) for value in pair)]
+    if pairs:
+        better = sum(mixture < uniform for mixture, uniform in pairs)
+        yield f"{better} of {len(pairs)}", "domains where the mixture beats the uniform mixture"
+    if run.routing is not None:
+        share, where = own_first_after_first_layer(run.routing)
+        if not math.isnan(share):
+            yield percent(share), f"of tokens put their own expert first, mean of domains and {where}"
+
+
+def own_first_after_first_layer(routing: RoutingLoad) -> tuple[float, str]:
+    """Share of tokens whose own expert is first, leaving out the first layer, and what it is a mean of."""
+    if not np.isfinite(routing.own_first).any():
+        return math.nan, ""
+    layers, own_LG = by_layer(routing, routing.own_first)
+    if len(layers) == 1:
+        return float(np.nanmean(own_LG)), "the one layer"
+    return float(np.nanmean(own_LG[1:])), "layers after the first"

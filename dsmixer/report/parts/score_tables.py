@@ -1,0 +1,113 @@
+"""What every method reached on every domain, and what each expert is worth on each."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dsmixer.report.frames import figures, note, section, table
+from dsmixer.report.gains import gain_figure
+from dsmixer.report.html import Markup, join, tag
+from dsmixer.report.scores import Scores, lower_is_better
+from dsmixer.report.text import MISSING, percent, readable
+
+MAX_ROWS = 60  # domains of a table: of more, those that the mixture serves worst and best
+SHARES = ("accuracy", "accuracy_norm", "exact_match")
+TITLES = {
+    "loss": "Held-out loss, nats a target token",
+    "accuracy": "Accuracy, by log-likelihood",
+    "accuracy_norm": "Accuracy, by log-likelihood a byte",
+    "exact_match": "Exact match of generated answers",
+}
+
+
+def evaluation(scores: Scores) -> Markup:
+    """A table of domains and methods for each metric, and the matrix of experts and domains."""
+    if not scores.values:
+        return section("Evaluation", note("This run was not evaluated."), key="evaluation")
+    tables = [
+        join(tag("h3", TITLES.get(metric, metric)), *_metric_table(scores, metric))
+        for metric in scores.metrics
+    ]
+    parts = [note("On held-out data. The best of a row is marked."), *tables]
+    figure = gain_figure(scores)
+    if figure is not None:
+        remark = (
+            "Each cell: nats a target token that a method's held-out loss lies below the base's. "
+            "Colour: the same as a share of what the domain's own expert gains."
+        )
+        pictures = figures("gain", [("What each expert is worth on each domain", figure)])
+        parts += [tag("h3", "Experts on domains"), note(remark), pictures]
+    return section("Evaluation", *parts, key="evaluation")
+
+
+def _metric_table(scores: Scores, metric: str) -> list[Markup]:
+    methods = scores.methods(metric)
+    domains = [domain for domain in scores.domains if (domain, metric) in scores.num_examples]
+    recovered = metric == "loss" and "mixture" in methods
+    titles = ["domain", *methods, *(["recovered"] if recovered else []), "examples"]
+    shown = _worst_and_best(scores, domains, metric, recovered)
+    rows = [_metric_row(scores, domain, metric, methods, recovered) for domain in shown]
+    if len(domains) > 1:
+        rows.append(_mean_row(scores, domains, metric, methods, recovered))
+    left = len(domains) - len(shown)
+    remark = (
+        f"Of {len(domains)} domains the {MAX_ROWS // 2} that the mixture serves worst and the "
+        f"{MAX_ROWS // 2} that it serves best; {left} between them are in evaluation.json, and in the mean."
+    )
+    return [table(titles, rows), *([note(remark)] if left else [])]
+
+
+def _worst_and_best(scores: Scores, domains: list[str], metric: str, recovered: bool) -> list[str]:
+    """All domains in their order, or of many both ends of their order by what the mixture reached."""
+    if len(domains) <= MAX_ROWS:
+        return domains
+
+    def merit(domain: str) -> float:
+        if recovered:
+            return scores.share_of_own_gain(domain, "mixture")
+        value = scores.value(domain, "mixture", metric)
+        return -value if lower_is_better(metric) else value
+
+    known = sorted((domain for domain in domains if not math.isnan(merit(domain))), key=merit)
+    unknown = [domain for domain in domains if math.isnan(merit(domain))]
+    order = [*known[: len(known) // 2], *unknown, *known[len(known) // 2 :]]
+    return order[: MAX_ROWS // 2] + order[-(MAX_ROWS // 2) :]
+
+
+def _metric_row(scores: Scores, domain: str, metric: str, methods: list[str], recovered: bool) -> Markup:
+    values = [scores.value(domain, method, metric) for method in methods]
+    cells = [tag("th", domain, scope="row"), *_value_cells(values, metric)]
+    if recovered:
+        cells.append(tag("td", percent(scores.share_of_own_gain(domain, "mixture")), class_="number"))
+    cells.append(tag("td", readable(scores.num_examples[domain, metric]), class_="number"))
+    return tag("tr", *cells)
+
+
+def _mean_row(scores: Scores, domains: list[str], metric: str, methods: list[str], recovered: bool) -> Markup:
+    cells = [
+        tag("th", "mean", scope="row"),
+        *_value_cells([scores.mean(method, metric) for method in methods], metric),
+    ]
+    if recovered:
+        shares = [scores.share_of_own_gain(domain, "mixture") for domain in domains]
+        cells.append(tag("td", percent(float(np.mean(shares))), class_="number"))
+    total = sum(scores.num_examples[domain, metric] for domain in domains)
+    cells.append(tag("td", readable(total), class_="number"))
+    return tag("tr", *cells, class_="mean")
+
+
+def _value_cells(values: list[float], metric: str) -> list[Markup]:
+    known = [value for value in values if not math.isnan(value)]
+    best = (min(known) if lower_is_better(metric) else max(known)) if len(known) > 1 else None
+    return [
+        tag("td", _score(value, metric), class_="number best" if value == best else "number")
+        for value in values
+    ]
+
+
+def _score(value: float, metric: str) -> str:
+    if math.isnan(value):
+        return MISSING
+    return percent(value) if metric in SHARES else f"{value:.4f}"
