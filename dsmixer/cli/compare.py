@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the file, found before anything runs.
     """
     from dsmixer.compare.plan import make_plan
+    from dsmixer.compare.state import check_unchanged
 
     only, overrides = _apart(args.only, args.overrides)
     seeds = [f"comparison.seeds=[{args.seeds}]"] if args.seeds is not None else []
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list(plan, args.json)
     if args.table:
+        check_unchanged(plan)
         return _written(plan, [], args.json, DONE)
     _tell_scales(loaded)
     return _run(plan, args)

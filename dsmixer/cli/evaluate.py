@@ -150,7 +150,8 @@ def _check_together(args: argparse.Namespace) -> None:
     alone = [(flag, f"add --{needed}, or leave it out") for needed in missing for flag in beside[needed]]
     others = [(flag, "leave it out: tasks bring their own data") for flag in DATA_FLAGS if args.tasks]
     for flag, fix in (*alone, *others):
-        if getattr(args, flag) not in (None, False):
+        value = getattr(args, flag)
+        if value is not None and value is not False:
             name = "as" if flag == "answered_as" else flag.replace("_", "-")
             raise UserError("this says nothing here", where=f"--{name}", fix=fix)
 

@@ -130,7 +130,7 @@ def _score(
     found = {
         "score": method,
         "by": args.by,
-        "routers": _digest(mixture),
+        "weights": _digest(mixture),
         "num_examples": len(probe.sheet.examples),
         "units": methods[method](probe, units),
     }
@@ -140,11 +140,11 @@ def _score(
 
 
 def _digest(mixture: Mixture) -> str:
-    """Of the routers' weights: by these the scores of one mixture are told from another's."""
+    """Of all weights of routers and experts: by these the scores of one mixture are told from another's."""
     digest = hashlib.sha256()
-    for name, weight_ED in mixture.router_parameters():
+    for name, weight in (*mixture.router_parameters(), *mixture.expert_parameters()):
         digest.update(name.encode())
-        digest.update(weight_ED.detach().cpu().numpy().tobytes())
+        digest.update(weight.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -157,14 +157,14 @@ def _read_scores(args: argparse.Namespace, mixture: Mixture, names: Sequence[str
     where, fix = str(args.scores), "give another file, and the scores are made anew"
     try:
         found = json.loads(args.scores.read_text(encoding="utf-8"))
-        told = {key: found[key] for key in ("score", "by", "routers", "num_examples")}
+        told = {key: found[key] for key in ("score", "by", "weights", "num_examples")}
         told["units"] = {name: float(found["units"][name]) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"holds no scores of this mixture by {args.by} ({type(error).__name__}: {error})"
         raise UserError(problem, where=where, fix=fix) from error
-    for key, wanted in (("score", args.score), ("by", args.by), ("routers", _digest(mixture))):
+    for key, wanted in (("score", args.score), ("by", args.by), ("weights", _digest(mixture))):
         if wanted is not None and told[key] != wanted:
-            of_what = "of another mixture" if key == "routers" else f"of {key} {told[key]}, not {wanted}"
+            of_what = "of another mixture" if key == "weights" else f"of {key} {told[key]}, not {wanted}"
             raise UserError(f"holds scores {of_what}", where=where, fix=fix)
     return told
 

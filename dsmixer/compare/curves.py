@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -99,5 +100,5 @@ def _losses(folders: Sequence[Path]) -> Curve:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     """Of what is a number; None where nothing is."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(known) if known else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ class Gathered:
         references: by trunk, seed and domain, the ``base`` and ``own`` loss: the own expert as stage one left
             it.
         own_experts: by trunk and domain, the name of the expert.
-        missing: names of cells that are not done.
+        missing: names of cells that are not done, or have figures that are not finite.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -59,7 +60,10 @@ def gather(plan: Plan) -> Gathered:
             "seed": cell.seed,
             "cell": cell.kind,
         }
-        own = [{**common, **row} for row in result.get("rows", [])]
+        rows = result.get("rows", [])
+        own = [{**common, **row} for row in rows if math.isfinite(float(row["value"]))]
+        if len(own) < len(rows):
+            found.missing.append(f"{cell.name} ({len(rows) - len(own)} of its figures are not finite)")
         found.rows += own
         for domain, expert in (result.get("own_experts") or {}).items():
             found.own_experts[cell.trunk, domain] = expert

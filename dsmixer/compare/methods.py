@@ -33,8 +33,12 @@ def check_methods(plan: Plan) -> None:
         raise AssertionError("no name that is asked here wants them")
 
     chosen: dict[str, Any] = {}
+    trained = any(whole.loaded.recipe.stage1.enabled for whole in plan.whole)
     for index, name in enumerate(comparison.methods):
         try:
+            if name == "mixture" and trained:
+                problem = "the mixture that methods are scored on has routers that have not trained yet"
+                raise UserError(problem, fix="leave it out: the variants are the mixtures")
             for whole in plan.whole:
                 experts = expert_names(whole.loaded.recipe)
                 if experts is None and name.startswith("expert:"):  # only the data knows them

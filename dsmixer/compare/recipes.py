@@ -15,12 +15,10 @@ from dsmixer.config.comparison import LoadedComparison
 from dsmixer.config.errors import UserError
 from dsmixer.config.from_mixture import DECIDED
 from dsmixer.config.overrides import apply_overrides
-from dsmixer.config.recipe import LoadedRecipe, flatten, resolve_recipe
+from dsmixer.config.recipe import LoadedRecipe, flatten, resolve_recipe, without_rsl
 from dsmixer.config.yaml_text import dump_yaml
 
 COMMAND_LINE = "command line: "
-OTHER_LOSS_KEEPS = ("ramp",)
-"""Settings of ``stage2.rsl`` that hold for every routing loss."""
 NOT_OF_TRUNK = ("run", "evaluation", "checkpoint", "health", "stage2")
 IN_TRUNK = ("stage2.data.held_out", "stage2.data.max_share", "stage1.micro_batch_size")
 """Keys that are part of stage one all the same: a micro-batch of another size makes steps of other rows."""
@@ -108,14 +106,7 @@ def _changed(raw: Raw, change: Change) -> tuple[Raw, dict[str, str]]:
 def _without_other_loss(raw: Raw, changes: Sequence[Change]) -> Raw:
     """Without the recipe's settings of RSL, where the variant chooses another loss in its place."""
     chosen = [change.value for change in changes if change.key == "stage2.routing_loss"]
-    stage2 = raw.get("stage2")
-    if not chosen or chosen[-1] == "lora_mixer" or not isinstance(stage2, dict):
-        return raw
-    rsl = stage2.get("rsl")
-    if not isinstance(rsl, dict):
-        return raw
-    kept = {key: value for key, value in rsl.items() if key in OTHER_LOSS_KEEPS}
-    return {**raw, "stage2": {**stage2, "rsl": kept}}
+    return raw if not chosen or chosen[-1] == "lora_mixer" else without_rsl(raw)
 
 
 def experts_raw(whole: VariantRecipe, folder: Path, evaluation: Raw) -> Raw:

@@ -15,7 +15,7 @@ from dsmixer.config.explain import nearest_key
 from dsmixer.config.from_mixture import check_mixture
 from dsmixer.config.recipe import STAGES, LoadedRecipe, expert_names
 from dsmixer.config.secrets import check_no_secrets
-from dsmixer.config.stages import Stage2Config
+from dsmixer.config.stages import RslConfig, Stage2Config
 
 __all__ = [
     "HUB_ID",
@@ -255,8 +255,10 @@ def _check_routing_loss(loaded: LoadedRecipe) -> None:
         "command line: "
     ):  # which takes the place of a recipe's RSL
         return
-    for key in loaded.written:
-        if key.startswith("stage2.rsl.") and key != "stage2.rsl.ramp":
+    usual = RslConfig().model_dump()  # a resolved recipe has every default written out
+    for key, value in loaded.written.items():
+        name = key.removeprefix("stage2.rsl.")
+        if name != key and name != "ramp" and value != usual[name]:
             problem = f"this is a setting of RSL, and {other} chooses another loss"
             fix = "remove it, or write routing_loss: lora_mixer, or [{loss: rsl, settings: {...}}, ...]"
             raise UserError(problem, where=loaded.where(key), fix=fix)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 OWN_KEYS = ("run.seed", "run.name", "run.dir")
 """Keys of a recipe that a comparison decides for each of its cells, and no variant may change."""
 
+REFERENCES = ("base", "own expert", "majority class")
+"""Rows that every table has."""
+
 Model = TypeVar("Model", bound=Section)
 Node = dict[str, Any]
 
@@ -90,7 +93,7 @@ def validate_comparison(model: type[Model], raw: Any, where: Callable[[str], str
 
 
 def check_comparison(comparison: Comparison, where: Callable[[str], str], places: Mapping[str, str]) -> None:
-    """Refuse names that stand twice, axes of uneven length, and keys that are not a variant's to change.
+    """Refuse what stands twice, axes of uneven length, and keys that are not a variant's to change.
 
     Raises:
         UserError: names the place.
@@ -105,7 +108,16 @@ def check_comparison(comparison: Comparison, where: Callable[[str], str], places
             if name in names[:index]:
                 place = where(f"comparison.{key}.{index}")
                 raise UserError(f"{name!r} stands there twice", where=place, fix="keep one of the two")
+    taken = {*comparison.methods, *REFERENCES}
+    for index, variant in enumerate(comparison.variants):
+        if variant.name in taken:
+            place = where(f"comparison.variants.{index}.name")
+            raise UserError(f"the table has another row {variant.name!r}", where=place, fix="rename it")
     for index, axis in enumerate(comparison.axes):
+        told = [str(value) for value in axis.values]
+        if len(set(told)) < len(told):
+            place = where(f"comparison.axes.{index}.values")
+            raise UserError("a value stands there twice", where=place, fix="keep one of the two")
         for key, values in axis.also.items():
             if len(values) != len(axis.values):
                 raise UserError(

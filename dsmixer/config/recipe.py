@@ -112,6 +112,8 @@ def resolve_recipe(
     """
     raw, set_there = apply_overrides(raw, overrides)
     raw = _without_empty_sections(raw, Recipe)
+    if set_there.get("stage2.routing_loss") and raw["stage2"]["routing_loss"] != "lora_mixer":
+        raw = without_rsl(raw, set_there)
     kept = {
         key: place
         for key, place in places.items()
@@ -120,6 +122,21 @@ def resolve_recipe(
     kept.update(set_there)
     recipe = validate_recipe(raw, lambda key: find_place(path, kept, key))
     return settle(LoadedRecipe(recipe, dict(flatten(raw)), path, kept))
+
+
+def without_rsl(raw: dict[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
+    """Without the settings of RSL, in whose place another loss was chosen; the ramp holds for all losses.
+
+    Args:
+        raw: sections, as YAML gives them.
+        but: dotted keys that stay.
+    """
+    stage2 = raw.get("stage2")
+    rsl = stage2.get("rsl") if isinstance(stage2, dict) else None
+    if not isinstance(stage2, dict) or not isinstance(rsl, dict):
+        return raw
+    kept = {key: value for key, value in rsl.items() if key == "ramp" or f"stage2.rsl.{key}" in but}
+    return {**raw, "stage2": {**stage2, "rsl": kept}}
 
 
 def settle(loaded: LoadedRecipe) -> LoadedRecipe:

@@ -44,7 +44,7 @@ def pass_at_1(record: Record, results: Sequence[Sequence[str]]) -> dict[str, flo
 
 
 def _verdicts(programs: Sequence[Sequence[str]]) -> list[list[str]]:
-    workers = max(1, (os.cpu_count() or 2) // 2)
+    workers = min(16, max(1, len(os.sched_getaffinity(0)) // 2))  # a program takes up to 1 GiB
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(lambda program: run_program(program).verdict, [p for own in programs for p in own])
         return [[next(done) for _ in own] for own in programs]

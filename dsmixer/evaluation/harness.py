@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from dsmixer.config.errors import RunError
 from dsmixer.evaluation.harness_tasks import Tasks, quietly
 from dsmixer.evaluation.methods import routed_as
 from dsmixer.evaluation.scoring import Row
@@ -83,15 +84,22 @@ def _results(
 
     from dsmixer.evaluation.harness_model import LiveModel
 
-    results: dict[str, Any] | None = simple_evaluate(
-        model=LiveModel(model, tokenizer, batch_size),
-        tasks=list(tasks.built),
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP_DRAWS,
-        confirm_run_unsafe_code=tasks.run_code,
-    )
+    try:
+        results: dict[str, Any] | None = simple_evaluate(
+            model=LiveModel(model, tokenizer, batch_size),
+            tasks=list(tasks.built),
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_DRAWS,
+            confirm_run_unsafe_code=tasks.run_code,
+        )
+    except (
+        AssertionError
+    ) as error:  # its way to say that answers, or a choice, are longer than the model reads
+        problem = f"lm-eval can't ask this model: {error or 'an answer is longer than it reads'}"
+        fix = "leave out the tasks whose answers are longer than the base's positions"
+        raise RunError(problem, fix=fix) from error
     return results
 
 

@@ -10,8 +10,9 @@ mean over target tokens, nats. Four scores of a unit u, one mixer or those of a 
     size          sqrt(sum_{m in u} |D_m|^2 / sum |W0 x|^2)   one forward pass, without targets
 
 ``path`` is the value of Aumann and Shapley (Values of Non-Atomic Games, 1974; integrated gradients, arXiv
-1703.01365, eq. 1): it shares out what all mixers bring together, and sums over units to ``L(0) - L(1)``. Its
-gradients run through all that follows a mixer, the probabilities of later routers among it.
+1703.01365, eq. 1): it shares out what all mixers bring together. Where routing is smooth it sums over
+units to ``L(0) - L(1)``; with ``topk`` the jumps where a choice changes are in no gradient. Its gradients run
+through all that follows a mixer, the probabilities of later routers among it.
 
 Shapes: B rows of a batch, S positions, T = B S tokens, D input width of a projection, O its output width.
 """

@@ -58,6 +58,7 @@ class Plan:
             "mode": self.mode,
             "zero_stage": self.zero_stage,
             "world_size": cluster.world_size,
+            "ranks_per_node": cluster.ranks_per_node,
             "expert_parallel_size": self.expert_parallel_size,
             "expert_data_parallel_size": cluster.world_size // self.expert_parallel_size,
             "fits": self.chosen.fits,

@@ -51,7 +51,7 @@ def result_picture(run_folder: Path, path_png: Path) -> Path:
         left.set(xlabel="expert alone, and mixtures", ylabel="domain")
         _draw_layers(right, run.routing)
         path_png.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path_png, dpi=150)
+        figure.savefig(path_png, dpi=150, format="png")
     return path_png
 
 

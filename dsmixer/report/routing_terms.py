@@ -42,6 +42,7 @@ def routing_terms(run: RunFolder) -> dict[str, Series]:
 def _num_steps(run: RunFolder) -> int | None:
     """Of stage two: the last one of a run that has ended, else what the settings say."""
     rows, steps = run.metrics.get(2), run.setting("stage2.max_steps")
-    if rows and (run.evaluation or (run.path / ".finished").is_file()):
+    published = run.path / "mixture" / "mixer_config.json"  # at the end, before the report
+    if rows and (run.evaluation or published.is_file()):
         return int(rows[-1]["step"])
     return steps if isinstance(steps, int) else None

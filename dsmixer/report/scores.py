@@ -18,8 +18,8 @@ METRIC_ORDER = ("loss", "accuracy", "accuracy_norm", "exact_match")
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a small value of a metric is a good one: losses, perplexities."""
-    return "loss" in metric or "perplexity" in metric
+    """Whether a small value of a metric is a good one: losses, perplexities, bits, Brier scores."""
+    return any(part in metric for part in ("loss", "perplexity", "bits_per_byte", "brier"))
 
 
 @dataclass(frozen=True)

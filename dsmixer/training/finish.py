@@ -124,6 +124,8 @@ def _evaluate(state: RunState, base: LoadedBase, engine: StageEngine) -> dict[st
         stage_one=before_stage_two(state),
     )
     if recipe.evaluation.tasks:
+        # hours of scoring shall not go with a task that fails
+        once(state.world, lambda: write_evaluation(state.folder.path, result))
         _add_tasks(result, state, base, engine)
     state.keep_lock()
     once(state.world, lambda: write_evaluation(state.folder.path, result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,8 @@ TOKENS = {
     "ep2_zero3_run_again": tokens(2, CHECKPOINTED, "deepspeed.config={folder}/as_needed.json"),
     "every_expert": tokens(4, zero(1), "stage2.routing=soft"),
 }
-RUNS = {
-    **TOKENS,
-    "weights": ("placement.mode=weights", "deepspeed.config={folder}/as_needed.json", *TWO_STEPS),
+LONG = os.environ.get("DSMIXER_LONG") == "1"
+LONG_RUNS = {
     "weights_kept": ("placement.mode=weights", "deepspeed.config={folder}/kept.json", *ONE_STAGE),
     "weights_run_again": (
         "placement.mode=weights",
@@ -63,6 +63,11 @@ RUNS = {
         *ONE_STAGE,
         CHECKPOINTED,
     ),
+}
+RUNS = {
+    **TOKENS,
+    **(LONG_RUNS if LONG else {}),
+    "weights": ("placement.mode=weights", "deepspeed.config={folder}/as_needed.json", *TWO_STEPS),
     "weights_nf4": (
         "placement.mode=weights",
         "deepspeed.config={folder}/as_needed.json",
@@ -270,6 +275,7 @@ def experts_sent(calls: list[dict[str, Any]]) -> float:
     return sent(calls, kind="allgather", dtype="float32") + sent(calls, kind="reduce_scatter")
 
 
+@pytest.mark.skipif(not LONG, reason="long: DSMIXER_LONG=1")
 def test_zero_3_gathers_a_third_time_where_layers_are_run_again(found: Found) -> None:
     for rank in found:
         plan: Plan = rank["weights_run_again"]["plan"]
@@ -293,6 +299,7 @@ def test_zero_3_gathers_a_base_in_4_bits_packed(found: Found) -> None:
         assert base < 0.8 * unpacked, "embeddings and head are most of this small model"
 
 
+@pytest.mark.skipif(not LONG, reason="long: DSMIXER_LONG=1")
 def test_zero_3_keeps_what_is_wanted_again_soon(found: Found) -> None:
     """Of this small model that is everything: it is gathered once a micro-batch."""
     for rank in found:

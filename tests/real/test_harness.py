@@ -29,7 +29,7 @@ from dsmixer.model.mixer_config import MixerConfig
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BASE = SHARED / "models" / "english-7m"
 LONG = os.environ.get("DSMIXER_LONG") == "1"
-TASKS = {"arc_easy": 200, "sst2": 200, "piqa": 100, "medqa": 100} if LONG else {"arc_easy": 100, "sst2": 100}
+TASKS = {"arc_easy": 200, "sst2": 200, "piqa": 100, "medqa": 100} if LONG else {"arc_easy": 40, "sst2": 40}
 NAMES = [f"dsmixer_{name}" for name in TASKS]
 LIMIT = min(TASKS.values())
 

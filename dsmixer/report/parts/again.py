@@ -25,11 +25,13 @@ def again(run: RunFolder) -> Markup:
 def commands_of(run: RunFolder) -> list[str]:
     """Shell lines: train under another name, evaluate that, report on it."""
     folder, name = str(run.path), f"{run.name}_again"
-    ranks = run.plan.get("world_size")
+    ranks, on_one = run.plan.get("world_size"), run.plan.get("ranks_per_node")
     config, named = shlex.quote(f"{folder}/config.yaml"), shlex.quote(f"run.name={name}")
     made = shlex.quote(f"{run.setting('run.dir') or 'runs'}/{name}")
     if isinstance(ranks, int) and ranks > 1:
-        train = f"deepspeed --num_accelerators {ranks} launch/train.py --config {config} {named}"
+        apart = isinstance(on_one, int) and ranks > on_one
+        where = "--hostfile HOSTFILE" if apart else f"--num_accelerators {ranks}"
+        train = f"deepspeed {where} launch/train.py --config {config} {named}"
     else:
         train = f"dsmixer train --config {config} {named}"
     return [train, f"dsmixer evaluate {made}", f"dsmixer report {made}"]

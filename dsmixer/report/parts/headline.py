@@ -28,7 +28,8 @@ def _tiles(run: RunFolder, scores: Scores) -> Iterator[tuple[str, str]]:
     if known:
         worst = min(known, key=lambda domain: known[domain])
         mean = float(np.mean(list(known.values())))
-        yield percent(mean), "of the own expert's gain recovered, mean of domains"
+        of = "domains" if len(known) == len(shares) else f"the {len(known)} domains whose own expert gains"
+        yield percent(mean), f"of the own expert's gain recovered, mean of {of}"
         yield percent(known[worst]), f"recovered where it is least ({worst})"
     pairs = [
         tuple(scores.value(domain, method, "loss") for method in ("mixture", "uniform"))

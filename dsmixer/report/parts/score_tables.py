@@ -92,7 +92,8 @@ def _mean_row(scores: Scores, domains: list[str], metric: str, methods: list[str
     ]
     if recovered:
         shares = [scores.share_of_own_gain(domain, "mixture") for domain in domains]
-        cells.append(tag("td", percent(float(np.mean(shares))), class_="number"))
+        known = [share for share in shares if not math.isnan(share)]
+        cells.append(tag("td", percent(float(np.mean(known)) if known else math.nan), class_="number"))
     total = sum(scores.num_examples[domain, metric] for domain in domains)
     cells.append(tag("td", readable(total), class_="number"))
     return tag("tr", *cells, class_="mean")

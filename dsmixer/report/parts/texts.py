@@ -62,6 +62,8 @@ def _text(text: HeldOutText, trace: Trace, symbols: Sequence[str], layers: Layer
         token.leader is not None and trace.experts[token.leader] == text.own_expert for token in text.tokens
     )
     own = f" · own expert leads {led} of {len(text.tokens)} tokens"
+    if text.own_expert not in trace.experts:
+        own = " · no expert of its own"
     parts = [
         token_element(token, trace, symbols, layers, NUM_BARS if layers is not None else 1)
         for token in text.tokens

@@ -45,6 +45,16 @@ def test_the_place_of_a_key_is_the_line_that_decided_it(comparison_file: File) -
         (("seeds: [0, 1]", "seeds: 3"), "comparison.seeds: 3 (a whole number) is not a list", "list"),
         (("seeds: [0, 1]", "seeds: [0, 0]"), "0 stands there twice", "keep one"),
         (("name: GMoE", "name: RSL"), "comparison.variants.1: 'RSL' stands there twice", "keep one"),
+        (
+            ("name: GMoE", "name: own"),
+            "comparison.variants.1.name: the table has another row 'own'",
+            "rename it",
+        ),
+        (
+            ("methods: [own", "axes: [{name: a, key: stage2.top_p, values: [0.5, '0.5']}]\n  methods: [own"),
+            "comparison.axes.0.values: a value stands there twice",
+            "keep one",
+        ),
         (("methods: [own", "plots: [score]\n  methods: [own"), "comparison.plots.0: 'score'", "write scores"),
         (
             ("stage2.rsl.alpha: 0.2", "run.seed: 3"),

@@ -9,7 +9,7 @@ import pytest
 
 from dsmixer.config.checks import accumulation_steps, check_recipe, check_world, is_local_path
 from dsmixer.config.errors import UserError
-from dsmixer.config.recipe import LoadedRecipe
+from dsmixer.config.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 Load = Callable[..., LoadedRecipe]
 
@@ -188,6 +188,26 @@ GOOD = [
     "stage1: {enabled: false, gradient_accumulation_steps: null}\n",
     IMPORTED,
 ]
+
+
+@pytest.mark.parametrize(
+    ("more", "overrides"),
+    [
+        ("stage2: {routing_loss: switch}\n", []),
+        ("stage2: {rsl: {alpha: 0.2, ramp: 0.5}}\n", ["stage2.routing_loss=switch"]),
+    ],
+)
+def test_a_resolved_recipe_with_another_loss_than_rsl_passes_again(
+    load: Load, tmp_path: Path, more: str, overrides: list[str]
+) -> None:
+    """All its defaults are written out, those of RSL too; a loss of the command line has put them back."""
+    first = load(more, *overrides)
+    check_recipe(first)
+    (tmp_path / "config.yaml").write_text(dump_recipe(first.recipe))
+    again = load_recipe(tmp_path / "config.yaml")
+    check_recipe(again)
+    assert again.recipe == first.recipe and again.recipe.stage2.rsl.alpha == 0.1
+    assert again.recipe.stage2.rsl.ramp == (0.5 if overrides else 0.3)
 
 
 @pytest.mark.parametrize("more", GOOD)

@@ -116,6 +116,8 @@ def test_commands_are_of_the_ranks_and_the_name_of_the_run_and_can_be_pasted(mak
     ]
     assert evaluate == ["dsmixer", "evaluate", "runs/three_domains_again"]
     assert report == ["dsmixer", "report", "runs/three_domains_again"]
+    changed(folder / "plan.json", world_size=16, ranks_per_node=8)
+    assert shlex.split(commands_of(read_run(folder))[0])[:3] == ["deepspeed", "--hostfile", "HOSTFILE"]
     changed(folder / "plan.json", world_size=1)
     assert shlex.split(commands_of(read_run(folder))[0])[:3] == ["dsmixer", "train", "--config"]
 

@@ -29,7 +29,8 @@ def run_folder(folder, *, sign=1.0, finished=True, **stage2):
         rows.append({"stage": 2, "step": step, "rsl": loss, "routing_entropy": entropy})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     if finished:
-        (folder / ".finished").write_text("done\n")
+        (folder / "mixture").mkdir()
+        (folder / "mixture" / "mixer_config.json").write_text("{}")
     return read_run(folder)
 
 
