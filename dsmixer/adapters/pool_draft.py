@@ -82,10 +82,15 @@ def open_draft(folder: str | Path) -> Draft:
         if not (path / ADAPTER_CONFIG).is_file() or not (path / ADAPTER_WEIGHTS).is_file():
             problem = f"the expert {name} is not whole"
             raise UserError(problem, where=str(path), fix="copy the whole mixture again")
-    return Draft(folder, about, config, experts, read_routers(folder, config), _history(folder))
+    return Draft(folder, about, config, experts, read_routers(folder, config), history_of(folder))
 
 
-def _history(folder: Path) -> tuple[str, ...]:
+def history_of(folder: Path) -> tuple[str, ...]:
+    """What was done to a published pool, a line each.
+
+    Raises:
+        UserError: its description holds something else there.
+    """
     lines = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(HISTORY, [])
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         where = f"{folder / CONFIG_FILE}: {HISTORY}"

@@ -23,7 +23,7 @@ from dsmixer.adapters.mixture_folder import (
     task_type,
     write_description,
 )
-from dsmixer.adapters.pool_draft import HISTORY
+from dsmixer.adapters.pool_draft import HISTORY, history_of
 from dsmixer.adapters.publish import published
 from dsmixer.config.errors import UserError
 from dsmixer.model.inject import Mixture
@@ -113,7 +113,7 @@ def prune_mixture(
     left = with_mixers_on(mixture, kept)
     about, _ = read_description(source)
     line = _told(mixture, left, source, units or {path: [path] for path in mixture.mixers}, why)
-    history = [*_history(source), line]
+    history = [*history_of(source), line]
     facts = {
         **facts_of_mixers(mixture.config),
         "license": license_of(source / CARD_FILE),
@@ -153,12 +153,6 @@ def _name(source: Path) -> str:
     """A mixture's name for its card: no path of a machine."""
     folder = source.resolve()
     return folder.parent.name if folder.name == "mixture" else folder.name
-
-
-def _history(source: Path) -> list[str]:
-    path = source / CONFIG_FILE
-    lines = json.loads(path.read_text(encoding="utf-8")).get(HISTORY, []) if path.is_file() else []
-    return [line for line in lines if isinstance(line, str)]
 
 
 def _silent(left: Mixture) -> list[str]:

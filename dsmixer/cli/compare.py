@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmixer.cli.arguments import count
 from dsmixer.config.comparison import LoadedComparison, load_comparison
 from dsmixer.config.errors import UserError
 from dsmixer.config.explain import is_key
@@ -39,8 +40,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="VARIANT", help="run these variants alone"
     )
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="cells that run at once (1)")
-    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="ranks of a cell (1)")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="cells that run at once (1)")
+    parser.add_argument("--processes", type=count, default=1, metavar="N", help="ranks of a cell (1)")
     parser.add_argument("--table", action="store_true", help="run nothing; write tables of what is there")
     parser.add_argument(
         "--list", action="store_true", help="run nothing; list the cells and how far they are"
@@ -199,10 +200,3 @@ def _apart(only: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], li
 def _is_override(text: str) -> bool:
     key, equals, _ = text.partition("=")
     return bool(equals) and "." in key and (is_key(key) or key.startswith("comparison."))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value

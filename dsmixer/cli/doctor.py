@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmixer.cli.arguments import count
 from dsmixer.config.errors import UserError
 from dsmixer.training.machine.finding import Finding, Status, problem, worst
 
@@ -39,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="values that stand over the recipe's"
     )
     parser.add_argument(
-        "--ranks", type=_count, metavar="N", help="ranks on this machine (default: its GPUs, or 2 on the CPU)"
+        "--ranks", type=count, metavar="N", help="ranks on this machine (default: its GPUs, or 2 on the CPU)"
     )
     parser.add_argument(
         "--model-config",
@@ -49,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_count,
+        type=count,
         default=60,
         metavar="SECONDS",
         help="longest wait for one check; raise it where packages lie on a slow file system (default 60)",
@@ -163,12 +164,5 @@ def _print(findings: list[Finding]) -> None:
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
     console = Console(highlight=False, width=width)
     console.print(table)
-    count = {status: sum(f.status == status for f in findings) for status in MARKS}
-    console.print(", ".join(f"{status}: {count[status]}" for status in reversed(MARKS)))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    counts = {status: sum(f.status == status for f in findings) for status in MARKS}
+    console.print(", ".join(f"{status}: {counts[status]}" for status in reversed(MARKS)))

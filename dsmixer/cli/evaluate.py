@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmixer.cli.arguments import add_data_arguments, count
 from dsmixer.cli.loading import add_model_arguments, find_mixture, load
 from dsmixer.config.errors import UserError
 
@@ -29,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         "of lm-evaluation-harness.",
     )
     add_model_arguments(parser)
-    _add_data_arguments(parser)
+    _add_answer_arguments(parser)
     _add_method_arguments(parser)
     _add_task_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result to this JSON file")
@@ -37,24 +38,10 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data_arguments(parser)
     parser.add_argument(
-        "--data",
-        action="append",
-        metavar="NAME=PATH",
-        help="a domain and its test file or hub id; repeat for more (default: the test data of the run)",
-    )
-    parser.add_argument(
-        "--max-examples", type=_count, help="most test examples a domain, drawn with the run's seed"
-    )
-    parser.add_argument(
-        "--max-length", type=_count, help="longest row in tokens (default: as in the run, or 1024)"
-    )
-    parser.add_argument(
-        "--batch-size", type=_count, help="rows a forward pass (default: as in the run, or 8)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=_count, help="longest written answer (default: as in the run, or 64)"
+        "--max-new-tokens", type=count, help="longest written answer (default: as in the run, or 64)"
     )
     parser.add_argument(
         "--no-exact-match", action="store_true", help="do not write answers, score given ones only"
@@ -78,7 +65,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     of_methods.add_argument(
         "--train-examples",
-        type=_count,
+        type=count,
         metavar="N",
         help="most training examples a domain that methods train on, drawn with the seed (default: all)",
     )
@@ -100,7 +87,7 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="who answers: mixture, base, uniform or expert:NAME; repeat for more (default: mixture, base)",
     )
     of_tasks.add_argument("--include-path", type=Path, metavar="DIR", help="folder of more task files")
-    of_tasks.add_argument("--limit", type=_count, metavar="N", help="most examples a task")
+    of_tasks.add_argument("--limit", type=count, metavar="N", help="most examples a task")
     of_tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each prompt")
     of_tasks.add_argument(
         "--run-generated-code",
@@ -262,13 +249,6 @@ def _progress() -> Any:
         print(f"\r{method}: {done} of {total} passes\033[K", end=end, file=sys.stderr, flush=True)
 
     return show
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 def _seed(text: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsmixer.cli.arguments import count
 from dsmixer.cli.loading import add_model_arguments, find_mixture, load
 from dsmixer.config.errors import UserError
 
@@ -48,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made here")
     parser.add_argument(
         "--max-examples",
-        type=_count,
+        type=count,
         default=EXAMPLES,
         help=f"most examples to weigh with, and most held-out ones (default: {EXAMPLES})",
     )
@@ -60,9 +61,9 @@ def add_parser(subparsers: Any) -> None:
         help="leave out experts whose mean weight is below this (default: none)",
     )
     parser.add_argument(
-        "--max-length", type=_count, help="longest row in tokens (default: as in the run, or 1024)"
+        "--max-length", type=count, help="longest row in tokens (default: as in the run, or 1024)"
     )
-    parser.add_argument("--batch-size", type=_count, default=8, help="rows a forward pass (default: 8)")
+    parser.add_argument("--batch-size", type=count, default=8, help="rows a forward pass (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of examples (default: 0)")
     parser.add_argument(
         "--license", type=_license, metavar="ID", help="license in the card, as the hub names it"
@@ -293,13 +294,6 @@ def _license(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no identifier of a license, such as apache-2.0")
     return text
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 def _weight(text: str) -> float:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmixer.cli.arguments import count
 from dsmixer.config.checks import check_routing
 from dsmixer.config.ds_json import merge_ds_config
 from dsmixer.config.errors import UserError
@@ -34,9 +35,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values that stand over the recipe's"
     )
-    parser.add_argument("--world-size", type=_count, required=True, metavar="W", help="number of ranks")
+    parser.add_argument("--world-size", type=count, required=True, metavar="W", help="number of ranks")
     parser.add_argument(
-        "--ranks-per-node", type=_count, default=8, metavar="N", help="ranks a machine (default 8)"
+        "--ranks-per-node", type=count, default=8, metavar="N", help="ranks a machine (default 8)"
     )
     parser.add_argument(
         "--device-memory",
@@ -58,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         help="a config.json or its folder, in place of base.model where the hub is out of reach",
     )
     parser.add_argument(
-        "--experts", type=_count, metavar="E", help="plan a pool of E experts instead of the recipe's"
+        "--experts", type=count, metavar="E", help="plan a pool of E experts instead of the recipe's"
     )
     parser.add_argument(
         "--tokens",
@@ -173,13 +174,6 @@ def _tokens(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
         missing = ", ".join([name for name in names if name not in tokens][:20])
         raise UserError(f"no tokens are given for {missing}", where="--tokens", fix="give all experts theirs")
     return tokens
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
 
 
 def _memory(text: str) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmixer.cli.arguments import add_data_arguments, count
 from dsmixer.cli.loading import add_model_arguments, find_mixture, load
 from dsmixer.config.errors import UserError
 
@@ -32,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_model_arguments(parser)
     number = parser.add_mutually_exclusive_group(required=True)
-    number.add_argument("--keep", type=_count, metavar="N", help="how many layers (or mixers) keep theirs")
+    number.add_argument("--keep", type=count, metavar="N", help="how many layers (or mixers) keep theirs")
     number.add_argument("--share", type=_share, metavar="X", help="the same as a share, such as 0.5")
     number.add_argument(
         "--max-loss-rise",
@@ -50,28 +51,10 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE.json",
         help="take the scores from this file if it is there; else write them to it",
     )
-    _add_data_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new mixture's folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     parser.set_defaults(run=run, max_new_tokens=None, no_exact_match=True)
-
-
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="NAME=PATH",
-        help="a domain and its held-out file or hub id; repeat for more (default: the test data of the run)",
-    )
-    parser.add_argument(
-        "--max-examples", type=_count, help="most examples a domain, drawn with the run's seed"
-    )
-    parser.add_argument(
-        "--max-length", type=_count, help="longest row in tokens (default: as in the run, or 1024)"
-    )
-    parser.add_argument(
-        "--batch-size", type=_count, help="rows a forward pass (default: as in the run, or 8)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -262,13 +245,6 @@ def _print(
 
 
 _LOSSES = {"base": "without mixers", "full": "with all", "pruned": "with those kept"}
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 def _share(text: str) -> float:

@@ -187,7 +187,12 @@ def _cells(
     yield from variants
     if loaded.comparison.methods:
         scored = base or variants[0]
-        asked = {"methods": list(loaded.comparison.methods), "settings": loaded.comparison.method_settings}
+        evaluation = {k: v for k, v in (scored.raw.get("evaluation") or {}).items() if k != "batch_size"}
+        asked = {
+            "methods": list(loaded.comparison.methods),
+            "settings": loaded.comparison.method_settings,
+            "evaluation": evaluation,
+        }
         name = f"methods/{trunk.digest}/seed-{seed}"
         yield Cell("methods", name, trunk.digest, trunk.digest, seed, scored.folder, scored.name, asked)
 

@@ -89,7 +89,7 @@ def _differences_asked(plan: Plan, cell: Cell) -> list[str]:
     return [
         f"{key}: {there.get(key)} there, {cell.raw[key]} here"
         for key in cell.raw
-        if there.get(key) != cell.raw[key]
+        if there.get(key, cell.raw[key]) != cell.raw[key]
     ]
 
 

@@ -19,7 +19,6 @@ Shapes: B rows of a batch, S positions, T = B S tokens, D input width of a proje
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,9 @@ from torch import nn
 from dsmixer.config.errors import UserError
 from dsmixer.data.collate import PADDING, MicroBatch, collate
 from dsmixer.evaluation.mixer_gates import gated, measured, without
-from dsmixer.evaluation.scoring import score_rows
+from dsmixer.evaluation.scoring import completion_losses, score_rows
 from dsmixer.evaluation.sharing import batches_of, device_of
 from dsmixer.evaluation.sheet import Sheet
-from dsmixer.losses.task import IGNORED, target_losses
 from dsmixer.model.inject import Mixture, mixture_of
 
 NODES = 4
@@ -152,15 +150,8 @@ class Probe:
 
 def _losses(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of the positions from the batch's first target on, and their domains, ``[B, S']``."""
-    targets_BS = micro.targets
-    first = int((targets_BS != IGNORED).any(0).int().argmax())
-    keep = targets_BS.shape[1] - first
-    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    given = micro.inputs()
-    given.pop("position_ids", None)
-    logits_BSV = model(**given, use_cache=False, **({"logits_to_keep": keep} if can_keep else {})).logits
-    losses_BS = target_losses(logits_BSV[:, -keep:], targets_BS[:, -keep:])
-    return losses_BS, micro.domain_ids[:, -keep:]
+    losses_BS, _ = completion_losses(model, micro)
+    return losses_BS, micro.domain_ids[:, -losses_BS.shape[1] :]
 
 
 def ablation(probe: Probe, units: Units) -> dict[str, float]:

@@ -72,7 +72,7 @@ def score_rows(
     for batch in dealt(batches):
         micro = collate(sheet.store, [(row,) for row in batch] or [()], pad_token_id).to(device)
         with around(micro) if around is not None else nullcontext():
-            losses_BS, targets_BS = _completion_losses(model, micro)
+            losses_BS, targets_BS = completion_losses(model, micro)
         if batch:
             sums_M2[batch] = _row_sums(losses_BS, targets_BS, end_token_id).cpu()
         if tick is not None:
@@ -81,7 +81,7 @@ def score_rows(
     return RowScores(total_M2[:, 0], total_M2[:, 1])
 
 
-def _completion_losses(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_losses(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of the positions from the batch's first target on, and their targets, ``[B, S']``.
 
     Prompts need no logits: with a large vocabulary those are most of the memory.

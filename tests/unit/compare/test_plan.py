@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsmixer.compare.plan import Plan, check_plan, make_plan
+from dsmixer.compare.state import check_unchanged, methods_file, write_asked
 from dsmixer.compare.variants import safe_name
 from dsmixer.config.comparison import load_comparison
 from dsmixer.config.errors import UserError
@@ -175,3 +176,15 @@ def test_names_become_one_folder_each_that_leads_nowhere_else() -> None:
     assert folders[0] == "RSL" and folders[2] == "a-b"
     for folder in folders:
         assert folder and "/" not in folder and not folder.startswith((".", "-")) and len(folder) < 80
+
+
+def test_methods_that_were_scored_on_other_examples_are_not_taken_for_done(comparison_file: File) -> None:
+    path = comparison_file()
+    plan = planned(path)
+    cell = next(cell for cell in plan.cells if cell.kind == "methods")
+    write_asked(plan, cell)
+    scored = methods_file(plan, cell)
+    scored.write_text("{}")
+    check_unchanged(plan)
+    with pytest.raises(UserError, match="evaluation: .*'max_examples': 3.* here"):
+        check_unchanged(planned(path, "evaluation.max_examples=3"))
