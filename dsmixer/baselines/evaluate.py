@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from dsmixer.baselines.interface import Fitted, Given, Method
 from dsmixer.data.encode import pad_token_id
 from dsmixer.evaluation.generation import exact_match_rows, match_rows
 from dsmixer.evaluation.methods import BATCH_SIZE
 from dsmixer.evaluation.scoring import Row, domain_rows, score_rows
+from dsmixer.evaluation.sharing import device_of
 from dsmixer.evaluation.sheet import Sheet
 
 
@@ -22,7 +26,8 @@ class Compared:
     Attributes:
         rows: domain, method, metric, value, num_examples, as in ``evaluation.json``.
         costs: by method, ``trainable`` weights, ``steps``, ``told`` (whether it is told the domain),
-            ``seconds`` to make it ready, and what it ``found``.
+            ``seconds`` to make it ready, ``peak_memory`` meanwhile and in answering (bytes; None on a
+            CPU), and what it ``found``.
         fitted: the methods themselves, ready to answer.
     """
 
@@ -69,14 +74,28 @@ def evaluate_methods(
             if progress is not None:
                 progress(name)
             began = time.perf_counter()
-            ready = fitted[name] = method(given)
-            costs[name] = _cost(ready, time.perf_counter() - began)
-            for own_expert, domains in _asked(ready, sheet):
-                with ready.under(own_expert):
-                    rows += _rows(model, tokenizer, sheet, name, domains, batch_size, max_new_tokens)
+            with peak_memory(device_of(model)) as peak:
+                ready = fitted[name] = method(given)
+                costs[name] = _cost(ready, time.perf_counter() - began)
+                for own_expert, domains in _asked(ready, sheet):
+                    with ready.under(own_expert):
+                        rows += _rows(model, tokenizer, sheet, name, domains, batch_size, max_new_tokens)
+            costs[name]["peak_memory"] = peak.get("bytes")
     finally:
         model.train(was_training)
     return Compared(rows, costs, fitted)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """A dictionary that has, in the end, the most ``bytes`` of tensors on a GPU; of a CPU it stays empty."""
+    found: dict[str, int] = {}
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    found["bytes"] = torch.cuda.max_memory_allocated(device)
 
 
 def _cost(fitted: Fitted, seconds: float) -> dict[str, Any]:

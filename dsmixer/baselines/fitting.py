@@ -31,7 +31,7 @@ class Fit:
     """How a method trains.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps; None: one pass over the rows.
         batch_size: rows a step, drawn without replacement until all have been seen, then again.
         learning_rate: AdamW's peak.
         warmup_ratio: share of the steps that warm up.
@@ -40,13 +40,17 @@ class Fit:
         clip: largest norm of the gradient; None: as it is.
     """
 
-    steps: int
+    steps: int | None
     batch_size: int
     learning_rate: float
     warmup_ratio: float = 0.0
     scheduler: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 0.0
     clip: float | None = None
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps on so many rows."""
+        return -(-num_rows // self.batch_size) if self.steps is None else self.steps
 
 
 @dataclass
@@ -127,7 +131,7 @@ def fit(
         the task's loss of each step.
     """
     optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=how.weight_decay)
-    losses = []
+    losses, num_steps = [], how.num_steps(len(rows))
     with at_rest(model):
         for step, batch in enumerate(_batches(rows, how, seed, purpose)):
             micro = collate(training.store, [(row,) for row in batch], training.pad_token_id)
@@ -135,7 +139,7 @@ def fit(
             total.backward()
             if how.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, how.clip)
-            share = rate_share(step, how.steps, how.warmup_ratio, how.scheduler)
+            share = rate_share(step, num_steps, how.warmup_ratio, how.scheduler)
             optimizer.param_groups[0]["lr"] = how.learning_rate * share
             optimizer.step()
             optimizer.zero_grad()
@@ -160,7 +164,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 def _batches(rows: Sequence[int], how: Fit, seed: int, purpose: str) -> Iterator[list[int]]:
     random, waiting = generator(seed, "baselines", purpose), list[int]()
-    for _ in range(how.steps):
+    for _ in range(how.num_steps(len(rows))):
         while len(waiting) < min(how.batch_size, len(rows)):
             waiting += [rows[i] for i in random.permutation(len(rows))]
         yield waiting[: how.batch_size]

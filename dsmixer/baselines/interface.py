@@ -29,6 +29,8 @@ class Given:
         mixture: a model with its experts attached, all of them in this process.
         training: the rows that a method may train or search on; None: there are none.
         seed: of all that is drawn.
+        whole: all rows, those of the experts' own training among them, for a method that takes the place of
+            experts and routers together; None: ``training`` is all there is.
 
     Raises:
         UserError: the experts are spread over processes.
@@ -37,6 +39,7 @@ class Given:
     mixture: Mixture
     training: TrainingRows | None = None
     seed: int = 0
+    whole: TrainingRows | None = None
 
     def __post_init__(self) -> None:
         banks = [mixer.bank for mixer in self.mixture.mixers.values()]
@@ -55,6 +58,15 @@ class Given:
         if self.training is None:
             raise UserError("this method trains, and there are no rows to train on", fix="give training rows")
         return self.training
+
+    @property
+    def all_rows(self) -> TrainingRows:
+        """All rows: what experts and routers together have trained on.
+
+        Raises:
+            UserError: there are none.
+        """
+        return self.rows if self.whole is None else self.whole
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class MixLora:
     router reads the block's input, ``p = softmax(G x)``, and the block puts out ``sum_e w_e FFN_e(x)`` over
     the K largest p, renormalised. So a token's inner activations are one expert's all through, which mixing
     projection by projection is not. The mixture's other projections carry one plain LoRA. All of it trains
-    on all rows, with MixLoRA's auxiliary loss.
+    on all rows, the experts' and the routers', with MixLoRA's auxiliary loss.
 
     Attributes:
         num_experts: E, its 8.
@@ -58,7 +58,7 @@ class MixLora:
     balance: float = 1e-2
     router_std: float = 0.02
     fitting: Fit = field(
-        default=Fit(steps=500, batch_size=16, learning_rate=2e-4, warmup_ratio=0.1, scheduler="cosine")
+        default=Fit(steps=None, batch_size=16, learning_rate=2e-4, warmup_ratio=0.1, scheduler="cosine")
     )
 
     def __call__(self, given: Given) -> Fitted:
@@ -95,8 +95,8 @@ class MixLora:
             losses = fit(
                 model,
                 parameters,
-                given.rows,
-                given.rows.everything,
+                given.all_rows,
+                given.all_rows.everything,
                 self.fitting,
                 seed=given.seed,
                 purpose="mixlora",
@@ -105,7 +105,7 @@ class MixLora:
         return Fitted(
             under,
             num_trainable=count(parameters),
-            num_steps=self.fitting.steps,
+            num_steps=len(losses),
             found={"losses": first_and_last(losses)},
         )
 

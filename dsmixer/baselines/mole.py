@@ -68,7 +68,7 @@ class Mole:
         return Fitted(
             lambda _: adding(mixture.model, deltas),
             num_trainable=count(parameters),
-            num_steps=self.fitting.steps,
+            num_steps=len(losses),
             found={
                 "temperatures": (min(temperatures), max(temperatures)),
                 "losses": first_and_last(losses),

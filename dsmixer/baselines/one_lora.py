@@ -19,7 +19,7 @@ from dsmixer.experts.init import kaiming_rows, named_generator
 
 @dataclass(frozen=True)
 class OneLora:
-    """One plain LoRA on the mixture's projections, trained on all rows.
+    """One plain LoRA on the mixture's projections, trained on all rows: the experts' and the routers'.
 
     It starts as PEFT's does. By default it has as many weights as all experts together.
 
@@ -34,7 +34,7 @@ class OneLora:
     rank: int | None = None
     scaling: float | None = None
     fitting: Fit = field(
-        default=Fit(steps=500, batch_size=8, learning_rate=2e-4, warmup_ratio=0.1, scheduler="cosine")
+        default=Fit(steps=None, batch_size=8, learning_rate=2e-4, warmup_ratio=0.1, scheduler="cosine")
     )
 
     def __call__(self, given: Given) -> Fitted:
@@ -51,8 +51,8 @@ class OneLora:
             losses = fit(
                 mixture.model,
                 parameters,
-                given.rows,
-                given.rows.everything,
+                given.all_rows,
+                given.all_rows.everything,
                 self.fitting,
                 seed=given.seed,
                 purpose="one_lora",
@@ -61,7 +61,7 @@ class OneLora:
         return Fitted(
             lambda _: merged.under(mixture),
             num_trainable=count(parameters),
-            num_steps=self.fitting.steps,
+            num_steps=len(losses),
             found={"rank": rank, "losses": first_and_last(losses)},
             merged=merged,
         )

@@ -74,7 +74,7 @@ class Phatgoose:
         return Fitted(
             lambda _: adding(mixture.model, deltas),
             num_trainable=_numel(stacked),
-            num_steps=self.fitting.steps * len(rows),
+            num_steps=sum(self.fitting.num_steps(len(own)) for own in rows.values()),
             found={"losses": losses},
         )
 

@@ -40,6 +40,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="VARIANT", help="run these variants alone"
     )
+    parser.add_argument(
+        "--reuse",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="take over what these comparisons have finished, where a cell is exactly the same",
+    )
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="cells that run at once (1)")
     parser.add_argument("--processes", type=count, default=1, metavar="N", help="ranks of a cell (1)")
     parser.add_argument("--table", action="store_true", help="run nothing; write tables of what is there")
@@ -89,14 +98,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(plan: Any, args: argparse.Namespace) -> int:
     from dsmixer.checkpoint.atomic import write_text
-    from dsmixer.compare.launching import Resources
+    from dsmixer.compare.launching import Resources, check_resources
     from dsmixer.compare.methods import check_methods
     from dsmixer.compare.plan import check_plan, plan_text
+    from dsmixer.compare.reuse import take_over
     from dsmixer.compare.running import Runner, alone_in
     from dsmixer.compare.state import check_unchanged
     from dsmixer.config.yaml_text import dump_yaml
     from dsmixer.training.telling import tell
 
+    resources = Resources(args.jobs, args.processes)
+    check_resources(resources)
     check_plan(plan)
     check_unchanged(plan)
     written, text = plan.folder / "comparison.yaml", dump_yaml(plan_text(plan))
@@ -104,7 +116,8 @@ def _run(plan: Any, args: argparse.Namespace) -> int:
         check_methods(plan)  # which takes seconds: it imports them
     with alone_in(plan.folder):
         write_text(written, text)
-        runner = Runner(plan, Resources(args.jobs, args.processes), lambda text: tell(text, sys.stderr))
+        take_over(plan, args.reuse, lambda text: tell(text, sys.stderr))
+        runner = Runner(plan, resources, lambda text: tell(text, sys.stderr))
         outcomes = runner.run()
         code = _code(outcomes, runner.stopped)
         if code == STOPPED:

@@ -27,9 +27,10 @@ def run_methods(args: argparse.Namespace, read: ReadData) -> dict[str, Any]:
 
     Returns:
         ``rows``: domain, method, metric, value, num_examples; ``costs``: by method, ``trainable`` weights,
-        ``steps``, ``seconds``, whether it is ``told`` the domain, and what it ``found``; ``own_experts``: the
-        expert of each domain; ``training``: ``source`` and number of ``examples`` that methods trained on,
-        and the ``seed``.
+        ``steps``, ``seconds``, ``peak_memory``, whether it is ``told`` the domain, and what it ``found``;
+        ``own_experts``: the expert of each domain; ``training``: ``source`` and number of ``examples`` that
+        methods trained on, ``all_examples``, which those have that train experts of their own, and the
+        ``seed``.
 
     Raises:
         UserError: a method or a setting is not known, or a method can't work with what there is.
@@ -42,7 +43,7 @@ def run_methods(args: argparse.Namespace, read: ReadData) -> dict[str, Any]:
     from dsmixer.model.streams import decoder_start
 
     chosen = _chosen(args, read, list(read_description(read.mixture)[1].experts))
-    domains, source = _training_part(args, read, chosen)
+    part, whole, source = _training_part(args, read, chosen)
     model, tokenizer = load(args)
     sides: dict[str, Any] = {
         "max_length": read.max_length,
@@ -51,12 +52,18 @@ def run_methods(args: argparse.Namespace, read: ReadData) -> dict[str, Any]:
     seed = read.seed if args.seed is None else args.seed
     most = read.settings.max_examples
     sheet = make_sheet(read.domains, tokenizer, max_examples=most, seed=read.seed, **sides)
-    rows = None
-    if domains is not None:
-        rows = training_rows(domains, tokenizer, max_examples=args.train_examples, seed=seed, **sides)
-    compared = _compare(read, Given(mixture_of(model), rows, seed), tokenizer, sheet, chosen)
-    examples = 0 if rows is None else len(rows.store)
-    return compared | {"training": {"source": source, "examples": examples, "seed": seed}}
+    rows, all_rows = (
+        None
+        if domains is None
+        else training_rows(domains, tokenizer, max_examples=args.train_examples, seed=seed, **sides)
+        for domains in (part, whole)
+    )
+    compared = _compare(read, Given(mixture_of(model), rows, seed, all_rows), tokenizer, sheet, chosen)
+    counts = {
+        key: 0 if given is None else len(given.store)
+        for key, given in (("examples", rows), ("all_examples", all_rows or rows))
+    }
+    return compared | {"training": {"source": source, **counts, "seed": seed}}
 
 
 def _compare(
@@ -113,10 +120,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _training_part(
     args: argparse.Namespace, read: ReadData, chosen: Mapping[str, Method]
-) -> tuple[list[Any] | None, str | None]:
-    """The domains with what methods train on, and what that is; None where no method trains.
+) -> tuple[list[Any] | None, list[Any] | None, str | None]:
+    """The domains with what methods train on, with all that there is, and what the first is.
 
-    What a run held out of stage one for its routers, the experts have not seen, and a mixture gets it too.
+    None where no method trains. What a run held out of stage one for its routers, the experts have not seen,
+    and a mixture gets it too. A method that has experts of its own gets what those of the run had, besides;
+    None where that is the same.
     """
     from dsmixer.data.domains import load_domains
     from dsmixer.data.holdout import hold_out_router_examples
@@ -124,7 +133,7 @@ def _training_part(
 
     training = [name for name, method in chosen.items() if method.trains]
     if not training:
-        return None, None
+        return None, None, None
     recipe = read.recipe
     if recipe is None:
         raise UserError(
@@ -137,12 +146,13 @@ def _training_part(
         domains = load_domains(recipe.data, seed=recipe.run.seed, quarantine=None)
     data = recipe.stage2.data
     if data.source is not None or not keeps_router_examples(recipe):
-        return domains, TRAIN_PART
+        return domains, None, TRAIN_PART
     _, held_out, _ = hold_out_router_examples(domains, data, recipe.run.seed)
     by_name: dict[str, list[Any]] = {domain.name: [] for domain in domains}
     for example in held_out:
         by_name[example.domain].append(example)
-    return [dataclasses.replace(domain, train=by_name[domain.name]) for domain in domains], ROUTERS
+    part = [dataclasses.replace(domain, train=by_name[domain.name]) for domain in domains]
+    return part, domains, ROUTERS
 
 
 def _cost_of_routing(read: ReadData, mixture: Any) -> dict[str, Any]:
@@ -174,7 +184,9 @@ def print_methods(result: Mapping[str, Any], console: Any) -> None:
     training = result["training"]
     if training["source"] is not None:
         drawn = f"{training['examples']:,} examples of {training['source']}"
-        console.print(f"methods that train had {drawn}, seed {training['seed']}")
+        more = training["all_examples"]
+        told = f"; those with experts of their own all {more:,}" if more > training["examples"] else ""
+        console.print(f"methods that train had {drawn}{told}; seed {training['seed']}")
 
 
 def _metric_table(result: Mapping[str, Any], metric: str) -> Any:

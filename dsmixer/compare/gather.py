@@ -11,7 +11,8 @@ from typing import Any
 
 from dsmixer.compare.measures import METHOD_COSTS, measures_of
 from dsmixer.compare.plan import Cell, Plan
-from dsmixer.compare.state import methods_file, state_of
+from dsmixer.compare.running import read_usage
+from dsmixer.compare.state import method_file, state_of
 from dsmixer.config.errors import UserError
 
 Row = dict[str, Any]
@@ -31,6 +32,7 @@ class Gathered:
         references: by trunk, seed and domain, the ``base`` and ``own`` loss: the own expert as stage one left
             it.
         own_experts: by trunk and domain, the name of the expert.
+        told: trunk and name of the other methods that are told the domain of what they answer.
         missing: names of cells that are not done, or have figures that are not finite.
     """
 
@@ -38,6 +40,7 @@ class Gathered:
     measures: list[Row] = field(default_factory=list)
     references: References = field(default_factory=dict)
     own_experts: dict[tuple[str, str], str] = field(default_factory=dict)
+    told: set[tuple[str, str]] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
 
 
@@ -52,7 +55,7 @@ def gather(plan: Plan) -> Gathered:
         if state_of(plan, cell) != "done":
             found.missing.append(cell.name)
             continue
-        path = methods_file(plan, cell) if cell.kind == "methods" else cell.folder / "evaluation.json"
+        path = method_file(plan, cell) if cell.kind == "method" else cell.folder / "evaluation.json"
         result = read_json(path)
         common = {
             "variant": cell.label if cell.kind == "variant" else None,
@@ -67,18 +70,23 @@ def gather(plan: Plan) -> Gathered:
         found.rows += own
         for domain, expert in (result.get("own_experts") or {}).items():
             found.own_experts[cell.trunk, domain] = expert
+        costs = (result.get("costs") or {}) if cell.kind == "method" else {}
+        found.told |= {(cell.trunk, method) for method, cost in costs.items() if cost.get("told")}
         found.measures += [{**common, **row} for row in _measures(plan, cell, result)]
-        if cell.kind != "methods":
+        if cell.kind != "method":
             _refer(found, cell, own)
     return found
 
 
 def _measures(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> Iterator[Row]:
-    if cell.kind == "methods":
+    if cell.kind == "method":
         for method, cost in (result.get("costs") or {}).items():
             for name, key in METHOD_COSTS.items():
                 if cost.get(key) is not None:
                     yield {"method": method, "name": name, "value": float(cost[key])}
+            memory = cost.get("peak_memory") or read_usage(plan.log(cell))["peak_bytes"]
+            if memory:
+                yield {"method": method, "name": "peak_memory", "value": float(memory)}
         return
     method = OWN if cell.kind == "experts" else MIXTURE
     for name, value in measures_of(cell, plan.log(cell)).items():

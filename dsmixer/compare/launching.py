@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 
 from dsmixer.compare.plan import Cell, Plan
-from dsmixer.compare.state import methods_file, settings_file, write_asked
+from dsmixer.compare.state import method_file, settings_file, write_asked
+from dsmixer.config.errors import UserError
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl: a cell whose comparison was killed saves and stops
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -67,7 +68,7 @@ class Process:
         self.cell, self.slot, self.log = cell, slot, plan.log(cell)
         self._processes, self._began = resources.processes, time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = command(plan, cell, resources)
+        arguments = command(plan, cell, resources, slot)
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(arguments)}\n".encode())
             log.flush()
@@ -93,19 +94,19 @@ class Process:
     def stop(self) -> None:
         """Ask it to save and stop; ranks themselves, for DeepSpeed's launcher would kill them."""
         pids = [self._popen.pid]
-        if self.cell.kind != "methods" and self._processes > 1:
+        if self.cell.kind != "method" and self._processes > 1:
             pids = ranks_below(self._popen.pid) or pids
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
 
-def command(plan: Plan, cell: Cell, resources: Resources) -> list[str]:
-    """The command of a cell; writes down the recipe or the settings that it names."""
+def command(plan: Plan, cell: Cell, resources: Resources, slot: int = 0) -> list[str]:
+    """The command of a cell in one of the jobs; writes down the recipe or the settings that it names."""
     asked = write_asked(plan, cell)
-    if cell.kind == "methods":
-        words = ["evaluate", str(cell.folder), "--methods", ",".join(cell.raw["methods"])]
-        words += ["--seed", str(cell.seed), "--output", str(methods_file(plan, cell))]
+    if cell.kind == "method":
+        words = ["evaluate", str(cell.folder), "--methods", cell.label, "--seed", str(cell.seed)]
+        words += ["--output", str(method_file(plan, cell))]
         settings = settings_file(plan, cell)
         words += ["--method-settings", str(settings)] if settings is not None else []
         return [sys.executable, "-m", "dsmixer", *words]
@@ -114,8 +115,32 @@ def command(plan: Plan, cell: Cell, resources: Resources) -> list[str]:
         return [sys.executable, "-m", *words]
     launcher = Path(sys.executable).with_name("deepspeed")
     found = str(launcher) if launcher.is_file() else shutil.which("deepspeed") or "deepspeed"
-    flags = ["--num_accelerators", str(resources.processes), "--master_port", str(_free_port())]
+    flags = [*_where(resources, slot), "--master_port", str(_free_port())]
     return [found, *flags, "--no_local_rank", "--module", *words]
+
+
+def _where(resources: Resources, slot: int) -> list[str]:
+    """How many ranks, or on which GPUs: told a number, the launcher would ignore CUDA_VISIBLE_DEVICES."""
+    chosen = _devices_of(resources, slot, dict(os.environ))
+    if chosen:
+        return ["--include", f"localhost:{chosen}"]
+    return ["--num_accelerators", str(resources.processes)]
+
+
+def check_resources(resources: Resources) -> None:
+    """Refuse cells of several ranks that would have to share GPUs, which NCCL can't do.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks.
+    """
+    devices, ranks = _visible_devices(dict(os.environ)), resources.jobs * resources.processes
+    if devices and resources.processes > 1 and ranks > len(devices):
+        raise UserError(
+            f"{resources.jobs} cells at once on {resources.processes} ranks each need {ranks} GPUs, and "
+            f"there are {len(devices)}",
+            where="--jobs, --processes",
+            fix=f"write --jobs {max(1, len(devices) // resources.processes)}, or fewer --processes",
+        )
 
 
 def environment(resources: Resources, slot: int) -> dict[str, str]:
@@ -124,12 +149,18 @@ def environment(resources: Resources, slot: int) -> dict[str, str]:
     at_once = resources.jobs * resources.processes
     if at_once > 1:
         own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-    devices = _visible_devices(own) if resources.jobs > 1 else []
-    if devices:
-        first = slot * resources.processes
-        chosen = [devices[(first + n) % len(devices)] for n in range(resources.processes)]
-        own["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(chosen))
+    chosen = _devices_of(resources, slot, own)
+    if chosen:
+        own["CUDA_VISIBLE_DEVICES"] = chosen
     return own
+
+
+def _devices_of(resources: Resources, slot: int, variables: dict[str, str]) -> str:
+    """The GPUs of one of several cells, with commas; empty where there are none, or one cell has all."""
+    devices = _visible_devices(variables) if resources.jobs > 1 else []
+    first = slot * resources.processes
+    chosen = [devices[(first + n) % len(devices)] for n in range(resources.processes)] if devices else []
+    return ",".join(dict.fromkeys(chosen))
 
 
 def _visible_devices(variables: dict[str, str]) -> list[str]:

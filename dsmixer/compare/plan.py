@@ -17,7 +17,7 @@ from dsmixer.compare.recipes import (
     variant_recipe,
     whole_raw,
 )
-from dsmixer.compare.variants import Variant, variants_of
+from dsmixer.compare.variants import Variant, safe_name, variants_of
 from dsmixer.config.checks import check_recipe
 from dsmixer.config.comparison import LoadedComparison
 from dsmixer.config.errors import UserError
@@ -25,7 +25,7 @@ from dsmixer.config.explain import nearest_key
 from dsmixer.config.recipe import LoadedRecipe
 from dsmixer.config.schema import RunConfig
 
-Kind = Literal["experts", "variant", "methods"]
+Kind = Literal["experts", "variant", "method"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Cell:
     """One process of a comparison.
 
     Attributes:
-        kind: stage one, a variant, or the other methods.
+        kind: stage one, a variant, or one of the other methods.
         name: such as ``cells/RSL/seed-0``, from the comparison's folder.
-        label: of the variant; of experts and methods, the digest of the trunk.
+        label: of the variant; the name of the method; of experts, the digest of the trunk.
         trunk: digest of the trunk it belongs to.
         seed: of everything in it.
-        folder: its run folder; of methods, the run folder that they are scored on.
+        folder: its run folder; of a method, the run folder that it is scored on.
         needs: name of the cell that has to be done before, or None.
-        raw: values of its recipe, as they are written; of methods, what is asked of them.
-        recipe: the same resolved; None for methods.
+        raw: values of its recipe, as they are written; of a method, what is asked of it.
+        recipe: the same resolved; None for a method.
     """
 
     kind: Kind
@@ -81,6 +81,7 @@ class Plan:
         trunks: theirs.
         cells: in an order in which each comes after what it needs.
         whole: the whole recipe of each variant on each seed, which is what is checked.
+        only: the variants that were asked for by name; none: all.
     """
 
     loaded: LoadedComparison
@@ -89,6 +90,7 @@ class Plan:
     trunks: tuple[Trunk, ...]
     cells: tuple[Cell, ...]
     whole: tuple[VariantRecipe, ...] = field(repr=False)
+    only: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -126,7 +128,9 @@ def make_plan(loaded: LoadedComparison, only: Sequence[str] = ()) -> Plan:
         for trunk in trunks:
             own = [recipes[label, seed] for label in trunk.variants]
             cells += _cells(loaded, folder, trunk, own, seed)
-    return Plan(loaded, folder, tuple(variants), tuple(trunks), tuple(cells), tuple(recipes.values()))
+    return Plan(
+        loaded, folder, tuple(variants), tuple(trunks), tuple(cells), tuple(recipes.values()), tuple(only)
+    )
 
 
 def comparison_folder(loaded: LoadedComparison) -> Path:
@@ -134,7 +138,7 @@ def comparison_folder(loaded: LoadedComparison) -> Path:
     run = loaded.raw.get("run") or {}
     run = run if isinstance(run, dict) else {}
     name = str(run.get("name") or loaded.comparison.name)
-    scale = f"-{loaded.scale}" if loaded.scale is not None else ""
+    scale = f"-{safe_name(loaded.scale)}" if loaded.scale is not None else ""
     return Path(str(run.get("dir") or RunConfig().dir)) / f"{name}{scale}"
 
 
@@ -170,7 +174,7 @@ def _chosen(variants: list[Variant], only: Sequence[str]) -> list[Variant]:
 def _cells(
     loaded: LoadedComparison, folder: Path, trunk: Trunk, recipes: Sequence[VariantRecipe], seed: int
 ) -> Iterable[Cell]:
-    """Of one trunk on one seed: its experts, its variants, and the other methods on its experts."""
+    """Of one trunk on one seed: its experts, its variants, and each of the other methods on its experts."""
     base = _experts_cell(loaded, folder, trunk, recipes[0], seed) if trunk.trained else None
     if base is not None:
         yield base
@@ -185,16 +189,17 @@ def _cells(
             Cell("variant", name, label, trunk.digest, seed, own, needs, raw, whole.with_raw(raw))
         )
     yield from variants
-    if loaded.comparison.methods:
-        scored = base or variants[0]
-        evaluation = {k: v for k, v in (scored.raw.get("evaluation") or {}).items() if k != "batch_size"}
-        asked = {
-            "methods": list(loaded.comparison.methods),
-            "settings": loaded.comparison.method_settings,
-            "evaluation": evaluation,
-        }
-        name = f"methods/{trunk.digest}/seed-{seed}"
-        yield Cell("methods", name, trunk.digest, trunk.digest, seed, scored.folder, scored.name, asked)
+    for method in loaded.comparison.methods:
+        yield _method_cell(loaded, method, base or variants[0])
+
+
+def _method_cell(loaded: LoadedComparison, method: str, scored: Cell) -> Cell:
+    """One of the other methods, on the experts of a run."""
+    evaluation = {k: v for k, v in (scored.raw.get("evaluation") or {}).items() if k != "batch_size"}
+    settings = loaded.comparison.method_settings.get(method, {})
+    asked = {"method": method, "settings": settings, "evaluation": evaluation}
+    name = f"methods/{scored.trunk}/{safe_name(method)}/seed-{scored.seed}"
+    return Cell("method", name, method, scored.trunk, scored.seed, scored.folder, scored.name, asked)
 
 
 def _experts_cell(

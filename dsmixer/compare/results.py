@@ -13,6 +13,7 @@ from dsmixer.compare.statistics import MEAN, Figure, TableRow, as_figures, table
 from dsmixer.compare.variants import value_text
 
 RESULTS_FILE = "results.json"
+OF_SEEDS = "comparison.seeds="
 
 
 def write_results(plan: Plan) -> dict[str, Any]:
@@ -26,8 +27,9 @@ def results_of(plan: Plan, gathered: Gathered) -> dict[str, Any]:
     """A comparison as plain JSON values.
 
     Returns:
-        ``name``, ``title``, ``source``, ``note``, ``scale``, ``seeds``, ``variants``, ``axes``, ``columns``,
-        ``measure_names``, ``plots`` and ``paper`` of the file; ``settings`` of each variant; ``cells``, how
+        ``name``, ``title``, ``source``, ``note``, ``scale``, ``seeds``, ``overrides``, ``only``,
+        ``variants``, ``axes``, ``columns``, ``measure_names``, ``plots`` and ``paper`` of the file and of how
+        it was called; ``settings`` of each variant; ``cells``, how
         many there are, and those ``missing``; ``rows`` and ``measures`` of single seeds; ``domains`` and
         ``table``, a list of rows whose ``cells`` are by metric and domain and whose ``measures`` are by name,
         each with mean, spread and the values of the seeds; ``curves``.
@@ -40,6 +42,8 @@ def results_of(plan: Plan, gathered: Gathered) -> dict[str, Any]:
         "file": str(plan.loaded.path),
         "base": str((plan.loaded.raw.get("base") or {}).get("model")),
         "seeds": list(plan.seeds),
+        "overrides": [text for text in plan.loaded.overrides if not text.startswith(OF_SEEDS)],
+        "only": list(plan.only),
         "variants": [variant.label for variant in plan.variants],
         "settings": {
             variant.label: {change.key: change.value for change in variant.changes}

@@ -12,7 +12,7 @@ from dsmixer.compare.gather import BASE, MAJORITY, MIXTURE, OWN, STAGE_ONE, Gath
 from dsmixer.compare.plan import Plan, Trunk
 
 Spread = Literal["standard deviation", "range"]
-RowKind = Literal["reference", "method", "variant"]
+RowKind = Literal["reference", "told", "method", "variant"]
 Values = dict[tuple[str, str], dict[int, float]]
 MEAN = "mean of domains"
 """The column of the mean over domains; no domain is called so."""
@@ -58,7 +58,8 @@ class TableRow:
 
     Attributes:
         label: as it is shown.
-        kind: a reference (base, majority, own expert), another method, or a variant.
+        kind: a reference (base, majority, own expert), another method, a variant, or one of the last two that
+            is told the domain of what it answers, which no mixture is.
         variant: its label, of a variant's row.
         trunk: digest of the experts it is on.
         method: as the rows of the cells name it, or ``own``.
@@ -88,8 +89,9 @@ def table_rows(plan: Plan, gathered: Gathered) -> list[TableRow]:
         trunk = next(trunk for trunk in plan.trunks if variant.label in trunk.variants)
         rows = [row for row in gathered.rows if row["variant"] == variant.label]
         for method, suffix in _methods_of_variant(plan, variant.label, rows):
+            kind: RowKind = "told" if method.startswith(OWN) else "variant"
             row = TableRow(
-                variant.label + suffix, "variant", variant.label, trunk.digest, method, variant.name + suffix
+                variant.label + suffix, kind, variant.label, trunk.digest, method, variant.name + suffix
             )
             row.point = variant.point
             _fill(row, rows, gathered)
@@ -100,7 +102,7 @@ def table_rows(plan: Plan, gathered: Gathered) -> list[TableRow]:
 def _of_trunk(plan: Plan, trunk: Trunk, gathered: Gathered) -> list[TableRow]:
     """Majority, base, own expert and the other methods on one trunk."""
     rows = [row for row in gathered.rows if row["trunk"] == trunk.digest]
-    other = [row for row in rows if row["cell"] == "methods"]
+    other = [row for row in rows if row["cell"] == "method"]
     first = trunk.variants[0]
     runs = [
         row for row in rows if row["cell"] == "experts" or (not trunk.trained and row["variant"] == first)
@@ -116,7 +118,9 @@ def _of_trunk(plan: Plan, trunk: Trunk, gathered: Gathered) -> list[TableRow]:
         found.append(row)
     for method in methods:
         if method not in references:
-            row = TableRow(method + suffix, "method", None, trunk.digest, method)
+            told = (trunk.digest, method) in gathered.told
+            label = f"{method}, told the domain" if told else method
+            row = TableRow(label + suffix, "told" if told else "method", None, trunk.digest, method)
             _fill(row, other, gathered)
             found.append(row)
     return found

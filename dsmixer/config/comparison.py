@@ -117,6 +117,7 @@ class LoadedComparison:
         scale: the scale that was chosen, or None for the full form.
         scales: the scales that the file has.
         places: dotted key of the recipe or of ``comparison`` to where it was written.
+        overrides: what the command line has set, as it was written.
     """
 
     comparison: Comparison
@@ -125,6 +126,7 @@ class LoadedComparison:
     scale: str | None = None
     scales: tuple[str, ...] = ()
     places: dict[str, str] = dataclasses.field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
 
     def where(self, key: str) -> str:
         """The place an error about a key names."""
@@ -167,7 +169,9 @@ def load_comparison(
     comparison = validate_comparison(
         Comparison, section, lambda key: find_place(Path(path), places, f"comparison.{key}".rstrip("."))
     )
-    loaded = LoadedComparison(comparison, raw, Path(path), scale, tuple(scales or ()), places)
+    loaded = LoadedComparison(
+        comparison, raw, Path(path), scale, tuple(scales or ()), places, tuple(overrides)
+    )
     check_comparison(comparison, loaded.where, loaded.places)
     return loaded
 

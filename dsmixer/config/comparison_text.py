@@ -14,6 +14,9 @@ from dsmixer.config.stages import Section
 if TYPE_CHECKING:
     from dsmixer.config.comparison import Comparison
 
+SCORED = ("evaluation.max_examples",)
+"""Keys that decide which examples are scored: base, experts and other methods answer those of the file."""
+
 OWN_KEYS = ("run.seed", "run.name", "run.dir")
 """Keys of a recipe that a comparison decides for each of its cells, and no variant may change."""
 
@@ -154,6 +157,12 @@ def _check_keys(comparison: Comparison, where: Callable[[str], str], places: Map
                 f"{key} is not a variant's to change: each cell has its own",
                 where=where(place),
                 fix="remove it; seeds are listed in comparison.seeds, and run.dir stands in the section run",
+            )
+        if key in SCORED:
+            raise UserError(
+                f"{key} is not a variant's to change: base and experts are scored once, as the file has it",
+                where=where(place),
+                fix="write it in the section evaluation, for all of them",
             )
         said = next((other for other in places if other == key or other.startswith(f"{key}.")), None)
         if said is not None and places[said].startswith("command line: "):

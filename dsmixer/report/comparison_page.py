@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,16 @@ from typing import Any
 from dsmixer.report.comparison_plots import Named, figures_of
 from dsmixer.report.comparison_tables import markdown, table_csv
 from dsmixer.report.comparison_values import (
+    COMPETING,
     MEASURE_NOTES,
     MEASURE_TITLES,
+    PAPER_NOTE,
     Results,
     best_of,
     better,
     cell_of,
     columns_of,
+    command_of,
     figure_text,
     measures_there,
     metric_title,
@@ -141,7 +143,8 @@ def _scores(results: Results) -> Markup:
         return Markup("")
     text = (
         "On held-out data. The best mean of a column among variants and other methods is marked; whether it "
-        "is more than chance, the spread says. Grey rows are what the others are held against."
+        "is more than chance, the spread says. Grey rows are what the others are held against, or are told "
+        "the domain, which a mixture is not."
     )
     return section("Results", note(text), *parts, key="results")
 
@@ -192,8 +195,7 @@ def _paper(results: Results) -> Markup:
     if not parts:
         return Markup("")
     title = f"Figures of {results['source']}" if results["source"] else "Figures of the paper"
-    text = "The paper's own figures, on its own models and data; below each, what this comparison has."
-    return section(title, note(text), *parts, key="paper")
+    return section(title, note(PAPER_NOTE), *parts, key="paper")
 
 
 def _paper_cell(
@@ -217,14 +219,11 @@ def _compared(results: Results) -> Markup:
 
 
 def _again(results: Results) -> Markup:
-    words = ["dsmixer", "compare", str(results["file"])]
-    words += ["--scale", results["scale"]] if results["scale"] else []
-    words += ["--seeds", ",".join(map(str, results["seeds"]))]
-    return section("How to make it again", tag("pre", shlex.join(words)), key="again")
+    return section("How to make it again", tag("pre", command_of(results)), key="again")
 
 
 def _row(row: Mapping[str, Any], cells: Sequence[Markup]) -> Markup:
-    own_class = "reference" if row["kind"] == "reference" else None
+    own_class = None if row["kind"] in COMPETING else "reference"
     return tag("tr", tag("th", row["row"], scope="row"), *cells, class_=own_class)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from dsmixer.report.text import MISSING
 MAX_BARS = 40
 MAX_LINES = 8
 MAX_WRITTEN = 16
+MAX_TICKS = 16
 Named = tuple[str, str, Figure]
 """Name of the plot's file, its caption, and the figure."""
 
@@ -73,7 +74,7 @@ def _bars(metric: str, column: str, rows: Sequence[Mapping[str, Any]], title: st
             cell = cell_of(row, metric, column)
             assert cell is not None
             mean = scaled(metric, cell["mean"])
-            color = {"reference": EDGE, "method": CYCLE[1], "variant": CYCLE[0]}[row["kind"]]
+            color = {"method": CYCLE[1], "variant": CYCLE[0]}.get(row["kind"], EDGE)
             axes.barh(place, mean, height=0.62, color=color, alpha=0.85)
             seeds = [scaled(metric, value) for value in cell["values"].values()]
             if len(seeds) > 1:
@@ -252,18 +253,38 @@ def _entropy(results: Results) -> Iterator[Named]:
     curves = results["curves"].get("entropy", {})
     if not curves:
         return
-    first = next(iter(curves.values()))
+    drawn = dict(list(curves.items())[:MAX_LINES])
+    layers = _in_order(curve["layers"] for curve in drawn.values())
     lines = []
-    for label, curve in list(curves.items())[:MAX_LINES]:
+    for label, curve in drawn.items():
         values = np.array([math.nan if value is None else value for value in curve["values"]], dtype=float)
-        lines.append(Curve(label, np.arange(len(values), dtype=float), values))
-    x = np.arange(len(first["layers"]), dtype=float)
-    lines.append(Curve("ln E, the most there can be", x, np.full(len(x), first["limit"]), limit=True))
+        lines.append(Curve(label, np.array([layers.index(name) for name in curve["layers"]], float), values))
+    x = np.arange(len(layers), dtype=float)
+    for limit in dict.fromkeys(curve["limit"] for curve in drawn.values()):
+        told = f"ln {math.exp(limit):.0f}, the most there can be"
+        lines.append(Curve(told, x, np.full(len(x), limit), limit=True))
     title = with_remarks(
         "Routing entropy of held-out tokens, by layer",
-        shown("variants", "first", len(lines) - 1, len(curves)),
+        shown("variants", "first", len(drawn), len(curves)),
     )
-    yield "entropy", title, _whole(line_figure(lines, title=title, unit="nats", x_label="layer"))
+    yield "entropy", title, _named(line_figure(lines, title=title, unit="nats", x_label="layer"), layers)
+
+
+def _in_order(lists: Iterable[Sequence[str]]) -> list[str]:
+    """All layers of several mixtures, by side and number; those that have no number come last."""
+    return sorted(dict.fromkeys(name for names in lists for name in names), key=_place)
+
+
+def _place(layer: str) -> tuple[bool, bool, int, str]:
+    side, _, number = layer.rpartition(" ")
+    return not number.isdigit(), side == "decoder", int(number) if number.isdigit() else 0, layer
+
+
+def _named(figure: Figure, names: Sequence[str]) -> Figure:
+    """The figure with names along its x axis, as many as there is room for."""
+    shown_there = evenly(len(names), MAX_TICKS)
+    figure.axes[0].set_xticks(shown_there, [names[index] for index in shown_there])
+    return figure
 
 
 def _losses(results: Results) -> Iterator[Named]:

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from dsmixer.report.comparison_values import (
     MEASURE_NOTES,
     MEASURE_TITLES,
+    PAPER_NOTE,
     Results,
     best_of,
     better,
     cell_of,
     columns_of,
+    command_of,
     figure_text,
     measures_there,
     metric_title,
@@ -39,6 +41,8 @@ def markdown(results: Results) -> str:
     for figures in results["paper"] or ():
         head = f"## Figures of {_plain(results['source'] or 'the paper')}: {_plain(figures['metric'])}"
         parts += [f"{head}, {figures['unit']}" if figures["unit"] else head, _paper_table(results, figures)]
+    parts += [PAPER_NOTE] if results["paper"] else []
+    parts += ["## How to make it again", f"    {command_of(results)}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

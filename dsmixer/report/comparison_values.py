@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ MEASURE_NOTES = {
     "peak_memory": "Peak memory: 10⁹ bytes, resident in the process where the steps logged none of a device.",
 }
 NATS_A_BIT = math.log(2.0)
+COMPETING = ("variant", "method")
 
 
 def metric_title(metric: str) -> str:
@@ -97,6 +99,21 @@ def spread_note(results: Results) -> str:
     return f"Mean over {count} seeds ({listed}), {kind} over the seeds."
 
 
+PAPER_NOTE = (
+    "The paper's own figures, on its own models and data; with each, what this comparison has. An average is "
+    "over each one's own domains."
+)
+
+
+def command_of(results: Results) -> str:
+    """The command that makes the comparison again."""
+    words = ["dsmixer", "compare", str(results["file"])]
+    words += ["--scale", results["scale"]] if results["scale"] else []
+    words += ["--seeds", ",".join(map(str, results["seeds"])), *results["overrides"]]
+    words += ["--only", *results["only"]] if results["only"] else []
+    return shlex.join(words)
+
+
 def missing_note(results: Results) -> str:
     """How many cells are not done, and the first of them; empty where all are."""
     missing = results["missing"]
@@ -139,9 +156,9 @@ def measures_there(results: Results) -> list[str]:
 
 
 def best_of(results: Results, metric: str, column: str) -> set[str]:
-    """The rows, of variants and other methods, that have the best mean of a column; none of a single row."""
+    """The rows that have the best mean of a column, of variants and of methods that are told as little."""
     found = [
-        (cell_of(row, metric, column), row["row"]) for row in results["table"] if row["kind"] != "reference"
+        (cell_of(row, metric, column), row["row"]) for row in results["table"] if row["kind"] in COMPETING
     ]
     known = [(figure["mean"], name) for figure, name in found if figure is not None]
     if len(known) < 2:

@@ -79,14 +79,26 @@ def test_the_command_gives_the_rows_of_the_run_and_of_the_methods_with_what_they
     assert costs["mixture"]["steps"] is None, "this run has logged none"
 
 
-def test_methods_train_on_the_rows_of_the_runs_routers(run, tmp_path, capsys) -> None:
-    """The same method by hand on these rows, the ones that are first in their order, and on others."""
+def test_methods_train_on_the_rows_of_the_runs_routers_and_those_with_experts_on_all(
+    run, tmp_path, capsys
+) -> None:
+    """The same methods by hand on these rows, the ones that are first in their order, and on others."""
     settings = tmp_path / "settings.json"
-    settings.write_text('{"one_lora": {"rank": 2, "fitting": {"steps": 2, "batch_size": 3}}}')
-    flags = ["--methods", "one_lora", "--method-settings", settings, "--seed", 5]
+    asked = {
+        "mole": {"fitting": {"steps": 2, "batch_size": 3}},
+        "one_lora": {"rank": 2, "fitting": {"batch_size": 3}},
+    }
+    settings.write_text(json.dumps(asked))
+    flags = ["--methods", "mole,one_lora", "--method-settings", settings, "--seed", 5]
     found = evaluated(capsys, run, *flags, "--output", tmp_path / "out.json")
     assert found == json.loads((tmp_path / "out.json").read_text())
-    assert found["training"] == {"source": "the run's router rows", "examples": 8, "seed": 5}
+    assert found["training"] == {
+        "source": "the run's router rows",
+        "examples": 8,
+        "all_examples": 50,
+        "seed": 5,
+    }
+    assert {name: cost["steps"] for name, cost in found["costs"].items()} == {"mole": 2, "one_lora": 17}
 
     recipe = load_recipe(run / "config.yaml").recipe
     domains = load_domains(recipe.data, seed=recipe.run.seed, quarantine=None)
@@ -95,17 +107,25 @@ def test_methods_train_on_the_rows_of_the_runs_routers(run, tmp_path, capsys) ->
     router = hold_out_router_examples(domains, recipe.stage2.data, recipe.run.seed)[1]
     model, tokenizer = load_mixture(run / "mixture")
     sheet = make_sheet(domains, tokenizer, max_length=64, max_examples=3, seed=recipe.run.seed)
-    one_lora = methods["one_lora"]
-    method = replace(one_lora, rank=2, fitting=replace(one_lora.fitting, steps=2, batch_size=3))
+    mole, one_lora = methods["mole"], methods["one_lora"]
+    chosen = {
+        "mole": replace(mole, fitting=replace(mole.fitting, steps=2, batch_size=3)),
+        "one_lora": replace(one_lora, rank=2, fitting=replace(one_lora.fitting, batch_size=3)),
+    }
 
-    def by_hand(rows):
+    def by_hand(name, rows):
         own = [replace(d, train=[e for e in rows if e.domain == d.name]) for d in domains]
         given = Given(mixture_of(model), training_rows(own, tokenizer, max_length=64), seed=5)
-        return {"rows": evaluate_methods(given, tokenizer, sheet, {"one_lora": method}).rows}
+        scored = evaluate_methods(given, tokenizer, sheet, {name: chosen[name]})
+        return values({"rows": scored.rows}, name)
 
-    assert close(values(found, "one_lora"), values(by_hand(router), "one_lora"))
-    others = values(by_hand([e for d in domains for e in d.train if e not in router]), "one_lora")
-    assert any(abs(others[key][0] - value[0]) > 1e-6 for key, value in values(found, "one_lora").items())
+    everything = [e for d in domains for e in d.train]
+    assert close(values(found, "mole"), by_hand("mole", router))
+    assert close(values(found, "one_lora"), by_hand("one_lora", everything))
+    others = by_hand("mole", [e for e in everything if e not in router])
+    assert any(abs(others[key][0] - value[0]) > 1e-6 for key, value in values(found, "mole").items())
+    fewer = by_hand("one_lora", router)
+    assert any(abs(fewer[key][0] - value[0]) > 1e-6 for key, value in values(found, "one_lora").items())
 
 
 def test_without_router_rows_methods_train_on_the_train_part(run, tmp_path, capsys) -> None:
@@ -116,7 +136,7 @@ def test_without_router_rows_methods_train_on_the_train_part(run, tmp_path, caps
     recipe["stage2"] = {"enabled": False}
     (other / "config.yaml").write_text(yaml.safe_dump(recipe))
     found = evaluated(capsys, other, "--methods", "mixture,lorahub_per_domain", "--train-examples", 7)
-    assert found["training"] == {"source": "the train part", "examples": 14, "seed": 3}
+    assert found["training"] == {"source": "the train part", "examples": 14, "all_examples": 14, "seed": 3}
     assert found["costs"]["mixture"]["trainable"] == 0, "nothing has trained its routers"
     assert main(["evaluate", str(other), "--methods", "lorahub,own"]) == 0
     printed = capsys.readouterr().out

@@ -142,7 +142,7 @@ def test_the_table_is_what_plain_python_makes_of_the_cells_files(
     table = {row["row"]: row["cells"] for row in results(folder)["table"]}
     assert [*table] == ["majority class", "base", "own expert", "uniform", *VARIANTS]
     experts = {seed: rows_of(only(folder.glob(f"experts/*/seed-{seed}/evaluation.json"))) for seed in SEEDS}
-    methods = {seed: rows_of(only(folder.glob(f"methods/*/seed-{seed}.json"))) for seed in SEEDS}
+    methods = {seed: rows_of(only(folder.glob(f"methods/*/uniform/seed-{seed}.json"))) for seed in SEEDS}
     for variant, name in zip(VARIANTS, ("RSL", "no-loss-none-*"), strict=True):
         cells = {
             seed: rows_of(only(folder.glob(f"cells/{name}/seed-{seed}/evaluation.json"))) for seed in SEEDS
@@ -221,8 +221,22 @@ def test_other_values_on_the_same_folder_are_refused_with_the_way_on(
     assert "run.name=NAME" in said and f"rm -r {folder}" in said
     _, said = finished(compare(path, "evaluation.max_examples=2", "--seeds", "0"), 2)
     assert "evaluation.max_examples: null there, 2 here" in said
-    _, said = finished(compare(path, "--seeds", "0", "comparison.methods=[own]"), 2)
-    assert "methods/" in said and "made from other values" in said
+
+
+def test_another_comparison_takes_over_what_is_the_same(
+    interrupted: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    _, folder, _ = interrupted
+    path = write_comparison(tmp_path, "again")
+    outcome, said = finished(compare(path, "--reuse", folder, "--json"))
+    assert {entry["how"] for entry in outcome["cells"]} == {"was done"} and "started" not in said
+    assert said.count(": taken over from ") == len(outcome["cells"])
+    mine, theirs = results(tmp_path / "again"), results(folder)
+    assert (mine["rows"], mine["table"], mine["curves"]) == (
+        theirs["rows"],
+        theirs["table"],
+        theirs["curves"],
+    )
 
 
 @pytest.mark.skipif(not LONG, reason="runs and kills a comparison several times; set DSMIXER_LONG=1")

@@ -24,7 +24,7 @@ def test_the_list_has_every_cell_and_writes_nothing(
 ) -> None:
     found = listed(capsys, comparison_file())
     assert found["folder"] == str(tmp_path / "runs" / "losses")
-    assert [cell["state"] for cell in found["cells"]] == ["not begun"] * 8
+    assert [cell["state"] for cell in found["cells"]] == ["not begun"] * 10
     assert [(cell["row"], cell["seed"]) for cell in found["cells"][1:3]] == [("RSL", 0), ("GMoE", 0)]
     assert not (tmp_path / "runs").exists()
 
@@ -41,7 +41,7 @@ def test_overrides_may_stand_before_and_behind_flags(
         found = listed(capsys, *arguments)
         assert found["folder"] == str(tmp_path / "runs" / "again")
         assert [(cell["row"], cell["seed"]) for cell in found["cells"]][1] == ("RSL", 3)
-        assert len(found["cells"]) == 3
+        assert len(found["cells"]) == 4
 
 
 @pytest.mark.parametrize(

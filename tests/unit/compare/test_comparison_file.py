@@ -121,3 +121,12 @@ def test_a_key_that_variants_set_can_t_be_set_by_the_command_line(comparison_fil
         load_comparison(comparison_file(), None, ["stage2.routing_loss=switch"])
     loaded = load_comparison(comparison_file(), None, ["stage2.rsl.ramp=0.1"])
     assert make_plan(loaded).whole[0].loaded.recipe.stage2.rsl.ramp == 0.1
+
+
+def test_what_is_scored_is_not_a_variants_to_change(comparison_file: Callable[..., Path]) -> None:
+    path = comparison_file(("stage2.routing_loss: gmoe", "evaluation.max_examples: 3"))
+    with pytest.raises(UserError, match="evaluation.max_examples is not a variant's to change"):
+        load_comparison(path)
+    assert load_comparison(comparison_file(), None, ["evaluation.max_examples=3"]).overrides == (
+        "evaluation.max_examples=3",
+    )

@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from support.comparison_runs import finish, loss
 
 from dsmixer.compare.gather import gather
-from dsmixer.compare.plan import Cell, Plan, make_plan
+from dsmixer.compare.plan import Plan, make_plan
 from dsmixer.compare.results import results_of
 from dsmixer.compare.running import alone_in
-from dsmixer.compare.state import check_unchanged, methods_file, state_of, write_asked
+from dsmixer.compare.state import check_unchanged, method_file, state_of, write_asked
 from dsmixer.config.comparison import load_comparison
 from dsmixer.config.errors import UserError
-from dsmixer.config.recipe import dump_recipe
 
 File = Callable[..., Path]
 
 
 def planned(path: Path, *overrides: str) -> Plan:
     return make_plan(load_comparison(path, None, ["comparison.seeds=[0]", *overrides]))
-
-
-def loss(domain: str, method: str, value: float) -> dict[str, Any]:
-    return {"domain": domain, "method": method, "metric": "loss", "value": value, "num_examples": 5}
-
-
-def finish(cell: Cell, rows: list[dict[str, Any]]) -> None:
-    """The files of a finished run, as training leaves them."""
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text(dump_recipe(cell.recipe.recipe))
-    own = {"law": "lawyer"}
-    (cell.folder / "evaluation.json").write_text(json.dumps({"rows": rows, "own_experts": own}))
-    steps = [
-        {
-            "stage": 2,
-            "step": step,
-            "seconds": seconds,
-            "tokens_per_second": 10.0 * step,
-            "load_variance": 1.0 / step,
-        }
-        for step, seconds in ((2, 0.5), (4, 1.0), (6, 3.0))
-    ]
-    (cell.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)) + '\n{"stage": 2, "st')
-    summary = {
-        "entropy": 0.25,
-        "own_first_mean": 0.5,
-        "own_first_later_layers_mean": 0.75,
-        "ln_experts": math.log(2),
-    }
-    routing = {"routers": ["a.0.q", "a.0.k"], "entropy": [0.1, 0.4], "summary": summary}
-    (cell.folder / "routing.json").write_text(json.dumps(routing))
-    expert = cell.folder / "mixture" / "experts" / "law"
-    expert.mkdir(parents=True)
-    save_file(
-        {"a": np.zeros((2, 5), np.float32), "b": np.zeros(3, np.float32)},
-        expert / "adapter_model.safetensors",
-    )
-    save_file({"r": np.zeros((2, 4), np.float32)}, cell.folder / "mixture" / "routers.safetensors")
-    (cell.folder / ".finished").write_text("done\n")
 
 
 def test_measures_are_those_of_the_files(comparison_file: File) -> None:
@@ -96,14 +53,14 @@ def test_frozen_experts_do_not_count_as_trained(comparison_file: File) -> None:
 
 def test_what_is_not_done_is_missing_and_the_rest_is_there(comparison_file: File) -> None:
     plan = planned(comparison_file())
-    experts, rsl, gmoe, methods = plan.cells
+    experts, rsl, gmoe, *methods = plan.cells
     finish(
         experts,
         [loss("law", "base", 2.0), loss("law", "expert:lawyer", 1.0), loss("law", "expert:other", 3.0)],
     )
     finish(rsl, [loss("law", "mixture", 1.25)])
     results = results_of(plan, gather(plan))
-    assert results["missing"] == [gmoe.name, methods.name] and results["cells"] == 4
+    assert results["missing"] == [gmoe.name, *(cell.name for cell in methods)] and results["cells"] == 5
     rows = {row["row"]: row["cells"] for row in results["table"]}
     assert rows["RSL"]["recovered"]["law"]["mean"] == 0.75, "held against the domain's own expert"
     assert rows["own expert"]["loss"]["law"]["mean"] == 1.0 and "GMoE" not in rows
@@ -147,10 +104,11 @@ def test_methods_that_were_asked_otherwise_are_refused(comparison_file: File) ->
     plan = planned(comparison_file())
     methods = plan.cells[-1]
     write_asked(plan, methods)
-    methods_file(plan, methods).write_text('{"rows": []}')
+    method_file(plan, methods).write_text('{"rows": []}')
     check_unchanged(plan)
-    with pytest.raises(UserError, match=r"methods: \['own', 'uniform'\] there, \['own'\] here"):
-        check_unchanged(planned(comparison_file(), "comparison.methods=[own]"))
+    check_unchanged(planned(comparison_file(), "comparison.methods=[own]"))
+    with pytest.raises(UserError, match=r"settings: {} there, {'a': 1} here"):
+        check_unchanged(planned(comparison_file(), "comparison.method_settings={uniform: {a: 1}}"))
 
 
 def test_a_damaged_file_names_itself(comparison_file: File) -> None:

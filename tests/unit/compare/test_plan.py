@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsmixer.compare.plan import Plan, check_plan, make_plan
-from dsmixer.compare.state import check_unchanged, methods_file, write_asked
+from dsmixer.compare.state import check_unchanged, method_file, write_asked
 from dsmixer.compare.variants import safe_name
 from dsmixer.config.comparison import load_comparison
 from dsmixer.config.errors import UserError
@@ -27,11 +27,11 @@ def kinds(plan: Plan) -> list[tuple[str, str, int]]:
 
 def test_variants_that_differ_in_stage_two_alone_share_their_experts(comparison_file: File) -> None:
     plan = planned(comparison_file())
-    one_seed = ["experts", "RSL", "GMoE", "methods"]
+    one_seed = ["experts", "RSL", "GMoE", "method", "method"]
     assert [
         f"{kind} {label}".removeprefix("variant ").strip() for kind, label, _ in kinds(plan)
     ] == one_seed * 2
-    experts, *others = plan.cells[:4]
+    experts, *others = plan.cells[:5]
     assert all(cell.needs == experts.name for cell in others)
     check_plan(plan)
 
@@ -68,7 +68,7 @@ def test_a_variant_s_loss_takes_the_place_of_the_file_s_rsl(comparison_file: Fil
         ("stage2.top_k: 2", 1),
         ("checkpoint.every: 7", 1),
         ("mixer.compute: loop", 1),
-        ("evaluation.max_examples: 3", 1),
+        ("evaluation.batch_size: 3", 1),
     ],
 )
 def test_experts_are_shared_exactly_where_stage_one_is_the_same(
@@ -125,7 +125,7 @@ def test_ready_made_experts_make_each_variant_a_whole_run(comparison_file: File,
             ("stage2:\n", "stage1: {enabled: false}\nstage2:\n"),
         )
     )
-    assert [cell.kind for cell in plan.cells] == ["variant", "variant", "methods"] * 2
+    assert [cell.kind for cell in plan.cells] == ["variant", "variant", "method", "method"] * 2
     rsl, _, methods = plan.cells[:3]
     assert methods.needs == rsl.name and methods.folder == rsl.folder
     assert rsl.recipe.recipe.mixer.mixture is None
@@ -135,7 +135,7 @@ def test_ready_made_experts_make_each_variant_a_whole_run(comparison_file: File,
 def test_only_takes_variants_by_name(comparison_file: File) -> None:
     plan = planned(comparison_file(), only=("GMoE",))
     assert [label for kind, label, _ in kinds(plan) if kind == "variant"] == ["GMoE", "GMoE"]
-    path = comparison_file((GMOE, "evaluation.max_examples: 3"))
+    path = comparison_file((GMOE, "evaluation.batch_size: 3"))
     whole, part = planned(path), planned(path, only=("GMoE",))
     assert whole.cells[0].raw == part.cells[0].raw, "the experts are the same whoever asks for them"
     full = planned(comparison_file())
@@ -181,9 +181,9 @@ def test_names_become_one_folder_each_that_leads_nowhere_else() -> None:
 def test_methods_that_were_scored_on_other_examples_are_not_taken_for_done(comparison_file: File) -> None:
     path = comparison_file()
     plan = planned(path)
-    cell = next(cell for cell in plan.cells if cell.kind == "methods")
+    cell = next(cell for cell in plan.cells if cell.kind == "method")
     write_asked(plan, cell)
-    scored = methods_file(plan, cell)
+    scored = method_file(plan, cell)
     scored.write_text("{}")
     check_unchanged(plan)
     with pytest.raises(UserError, match="evaluation: .*'max_examples': 3.* here"):

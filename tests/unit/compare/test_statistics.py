@@ -42,8 +42,8 @@ def gathered(plan: Plan, seeds: tuple[int, ...] = (0, 1, 2)) -> Gathered:
             found.rows.append(row(plan, "experts", seed, domain, f"expert:{expert}", own))
             found.rows.append(row(plan, "experts", seed, domain, "expert:other", 9.0))
         found.rows.append(row(plan, "experts", seed, "law", "majority", 0.6, "accuracy"))
-        found.rows.append(row(plan, "methods", seed, "law", "own", 1.0625))
-        found.rows.append(row(plan, "methods", seed, "law", "uniform", 1.5))
+        found.rows.append(row(plan, "method", seed, "law", "own", 1.0625))
+        found.rows.append(row(plan, "method", seed, "law", "uniform", 1.5))
         found.rows.append(row(plan, "variant", seed, "law", "mixture", LAW[seed]))
         found.rows.append(row(plan, "variant", seed, "chess", "mixture", CHESS[seed]))
         found.rows.append(row(plan, "variant", seed, "flat", "mixture", 0.9))
@@ -88,6 +88,13 @@ def test_references_are_the_base_the_majority_and_each_domain_s_own_expert(plan:
     assert own["recovered"]["law"]["mean"] == 1.0 and rows["base"]["cells"]["recovered"]["law"]["mean"] == 0.0
     assert rows["majority class"]["cells"]["accuracy"]["law"]["mean"] == 0.6
     assert rows["uniform"]["cells"]["loss"]["law"]["mean"] == 1.5, "the method's, not that of a variant's run"
+
+
+def test_a_method_that_is_told_the_domain_is_marked_as_such_and_is_no_rival(plan: Plan) -> None:
+    found = gathered(plan)
+    found.told = {(plan.trunks[0].digest, "uniform")}
+    told = table(plan, found)["uniform, told the domain"]
+    assert told["kind"] == "told" and told["method"] == "uniform"
 
 
 def test_two_seeds_give_their_range_and_one_gives_none(plan: Plan) -> None:

@@ -61,6 +61,8 @@ def results(**changes: Any) -> dict[str, Any]:
         "file": "losses.yaml",
         "base": "some/model",
         "seeds": [0, 1, 2],
+        "overrides": ["stage2.epochs=2"],
+        "only": ["RSL"],
         "variants": ["RSL"],
         "settings": {"RSL": {"stage2.top_k": 2}},
         "axes": [],
@@ -106,6 +108,30 @@ def test_the_csv_gives_each_seed_back() -> None:
     assert {line["quantity"] for line in lines} == {"loss", "accuracy", "routing_entropy", "trainable"}
 
 
+def test_a_row_that_is_told_the_domain_is_never_the_best_though_it_is_better() -> None:
+    told = table_row("lorahub_per_domain, told the domain", "told", {"law": (0.5,), MEAN: (0.5,)})
+    text = markdown(results(table=[*results()["table"], told]))
+    assert "| lorahub_per_domain, told the domain | 0.5000 | — | 0.5000 |" in text
+    assert "| RSL | **1.3000 ± 0.1000** |" in text
+    page = render(results(table=[*results()["table"], told]), [])
+    assert re.search(r'<tr class="reference"><th scope="row">lorahub_per_domain, told', page)
+
+
+def test_entropies_of_unlike_layers_stand_each_at_its_own_layer() -> None:
+    curves = {
+        "whole": {"layers": ["0", "1", "2", "10"], "values": [0.1, 0.2, 0.3, 0.4], "limit": 0.69},
+        "pruned": {"layers": ["2", "10"], "values": [0.5, 0.6], "limit": 1.1},
+    }
+    (_, _, plot), *_ = figures_of(results(curves={"entropy": curves}, plots=["entropy"]))
+    axes = plot.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "10"]
+    drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert drawn["pruned"] == [2.0, 3.0] and drawn["whole"] == [0.0, 1.0, 2.0, 3.0]
+    assert {"ln 2, the most there can be", "ln 3, the most there can be"} <= set(drawn), (
+        "two pools, two bounds"
+    )
+
+
 def test_what_is_missing_is_told_before_any_figure() -> None:
     some = results(missing=["cells/RSL/seed-2", "methods/t/seed-2"])
     for text in (markdown(some), render(some, [])):
@@ -137,7 +163,8 @@ def test_the_page_needs_nothing_beside_itself_and_shows_the_table(tmp_path: Path
     )
     assert not re.search(r"url\((?!#)", page) and "@import" not in page
     assert "1.3000 ± 0.1000" in page and "95.41" in page and "here 80.0 ± 10.0" in page
-    assert "dsmixer compare losses.yaml --scale small --seeds 0,1,2" in page
+    again = "dsmixer compare losses.yaml --scale small --seeds 0,1,2 stage2.epochs=2 --only RSL"
+    assert again in page and again in markdown(results())
     assert page.count("<svg") == len(list((tmp_path / "plots").glob("*.svg"))) >= 4
 
 
