@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ class Compared:
     Attributes:
         rows: domain, method, metric, value, num_examples, as in ``evaluation.json``.
         costs: by method, ``trainable`` weights, ``steps``, ``told`` (whether it is told the domain),
-            ``seconds`` to make it ready, ``peak_memory`` meanwhile and in answering (bytes; None on a
-            CPU), and what it ``found``.
+            ``seconds`` to make it ready, ``seconds_per_example`` of scoring, ``peak_memory`` (bytes;
+            None on a CPU), and what it ``found``.
         fitted: the methods themselves, ready to answer.
     """
 
@@ -77,9 +77,13 @@ def evaluate_methods(
             with peak_memory(device_of(model)) as peak:
                 ready = fitted[name] = method(given)
                 costs[name] = _cost(ready, time.perf_counter() - began)
-                for own_expert, domains in _asked(ready, sheet):
-                    with ready.under(own_expert):
-                        rows += _rows(model, tokenizer, sheet, name, domains, batch_size, max_new_tokens)
+                scored = [
+                    _rows(model, tokenizer, sheet, name, asked, ready.under(own), batch_size, max_new_tokens)
+                    for own, asked in _asked(ready, sheet)
+                ]
+            rows += [row for found, _, _ in scored for row in found]
+            num_examples = sum(count for _, _, count in scored)
+            costs[name]["seconds_per_example"] = sum(s for _, s, _ in scored) / max(1, num_examples)
             costs[name]["peak_memory"] = peak.get("bytes")
     finally:
         model.train(was_training)
@@ -122,29 +126,34 @@ def _rows(
     sheet: Sheet,
     name: str,
     domains: Sequence[int],
+    under: AbstractContextManager[None],
     batch_size: int,
     max_new_tokens: int | None,
-) -> list[Row]:
-    pad = pad_token_id(tokenizer)
-    scores = score_rows(
-        model,
-        sheet,
-        sheet.rows(domains),
-        batch_size=batch_size,
-        pad_token_id=pad,
-        end_token_id=tokenizer.eos_token_id,
-    )
-    found = domain_rows(sheet, scores, name, domains)
-    free = sheet.free_rows(domains) if max_new_tokens is not None else []
-    if not free or max_new_tokens is None:
-        return found
-    matched = match_rows(
-        model,
-        tokenizer,
-        sheet,
-        free,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-    )
-    return found + exact_match_rows(sheet, matched, name, domains)
+) -> tuple[list[Row], float, int]:
+    """The rows, the seconds that scoring took, and how many rows of the sheet it scored."""
+    pad, rows = pad_token_id(tokenizer), sheet.rows(domains)
+    with under:
+        began = time.perf_counter()
+        scores = score_rows(
+            model,
+            sheet,
+            rows,
+            batch_size=batch_size,
+            pad_token_id=pad,
+            end_token_id=tokenizer.eos_token_id,
+        )
+        seconds = time.perf_counter() - began
+        found = domain_rows(sheet, scores, name, domains)
+        free = sheet.free_rows(domains) if max_new_tokens is not None else []
+        if not free or max_new_tokens is None:
+            return found, seconds, len(rows)
+        matched = match_rows(
+            model,
+            tokenizer,
+            sheet,
+            free,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+        )
+    return found + exact_match_rows(sheet, matched, name, domains), seconds, len(rows)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from dsmixer.config.errors import UserError
+from dsmixer.config.extras import how_to_install
 
 
 def imported(module: str, method: str) -> Any:
@@ -18,4 +19,4 @@ def imported(module: str, method: str) -> Any:
         return import_module(module)
     except ImportError as error:
         problem = f"{method} needs {module.partition('.')[0]}, which can't be imported ({error})"
-        raise UserError(problem, fix="pip install 'dsmixer[baselines]'") from error
+        raise UserError(problem, fix=how_to_install("baselines")) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmixer.compare.measures import METHOD_COSTS, measures_of
-from dsmixer.compare.plan import Cell, Plan
+from dsmixer.compare.plan import ANSWERING, Cell, Plan
 from dsmixer.compare.running import read_usage
 from dsmixer.compare.state import method_file, state_of
 from dsmixer.config.errors import UserError
@@ -58,12 +58,12 @@ def gather(plan: Plan) -> Gathered:
         path = method_file(plan, cell) if cell.kind == "method" else cell.folder / "evaluation.json"
         result = read_json(path)
         common = {
-            "variant": cell.label if cell.kind == "variant" else None,
+            "variant": cell.label if cell.kind == "variant" else cell.times,
             "trunk": cell.trunk,
             "seed": cell.seed,
             "cell": cell.kind,
         }
-        rows = result.get("rows", [])
+        rows = result.get("rows", []) if cell.times is None else []  # its own run has scored it
         own = [{**common, **row} for row in rows if math.isfinite(float(row["value"]))]
         if len(own) < len(rows):
             found.missing.append(f"{cell.name} ({len(rows) - len(own)} of its figures are not finite)")
@@ -81,9 +81,11 @@ def gather(plan: Plan) -> Gathered:
 def _measures(plan: Plan, cell: Cell, result: Mapping[str, Any]) -> Iterator[Row]:
     if cell.kind == "method":
         for method, cost in (result.get("costs") or {}).items():
-            for name, key in METHOD_COSTS.items():
+            for name, key in METHOD_COSTS.items() if cell.times is None else [(ANSWERING, ANSWERING)]:
                 if cost.get(key) is not None:
                     yield {"method": method, "name": name, "value": float(cost[key])}
+            if cell.times is not None:
+                continue
             memory = cost.get("peak_memory") or read_usage(plan.log(cell))["peak_bytes"]
             if memory:
                 yield {"method": method, "name": "peak_memory", "value": float(memory)}

@@ -11,10 +11,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dsmixer.compare.plan import Cell
+from dsmixer.compare.plan import ANSWERING, Cell
 from dsmixer.compare.running import read_usage
 
-METHOD_COSTS = {"trainable": "trainable", "seconds": "seconds"}
+METHOD_COSTS = {"trainable": "trainable", "seconds": "seconds", ANSWERING: ANSWERING}
 """Measures of another method, and what its costs call them."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from dsmixer.config.recipe import LoadedRecipe
 from dsmixer.config.schema import RunConfig
 
 Kind = Literal["experts", "variant", "method"]
+ANSWERING = "seconds_per_example"
+"""The measure for which a variant's mixture is scored as other methods are, without a look at its routers."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Cell:
         needs: name of the cell that has to be done before, or None.
         raw: values of its recipe, as they are written; of a method, what is asked of it.
         recipe: the same resolved; None for a method.
+        times: label of the variant whose mixture is scored once more, as other methods are, to tell how long
+            it takes to answer; None: it is no such cell.
     """
 
     kind: Kind
@@ -68,6 +73,7 @@ class Cell:
     needs: str | None
     raw: dict[str, Any]
     recipe: LoadedRecipe | None = None
+    times: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,10 @@ def _cells(
             Cell("variant", name, label, trunk.digest, seed, own, needs, raw, whole.with_raw(raw))
         )
     yield from variants
+    if ANSWERING in loaded.comparison.measures:
+        for whole, cell in zip(recipes, variants, strict=True):
+            name = f"answers/{whole.variant.folder}/seed-{seed}"
+            yield dataclasses.replace(_method_cell(loaded, "mixture", cell), name=name, times=cell.label)
     for method in loaded.comparison.methods:
         yield _method_cell(loaded, method, base or variants[0])
 

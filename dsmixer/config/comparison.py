@@ -26,6 +26,7 @@ Measure = Literal[
     "own_first",
     "seconds",
     "seconds_per_step",
+    "seconds_per_example",
     "tokens_per_second",
     "trainable",
     "peak_memory",

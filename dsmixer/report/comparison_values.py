@@ -33,6 +33,7 @@ MEASURE_TITLES = {
     "own_first": "own expert first, %",
     "seconds": "seconds of training",
     "seconds_per_step": "seconds a step",
+    "seconds_per_example": "milliseconds an answer",
     "tokens_per_second": "tokens a second",
     "trainable": "trained weights",
     "peak_memory": "peak memory, GB",
@@ -43,6 +44,7 @@ MEASURE_NOTES = {
     "own_first": "Own expert first: share of held-out tokens, mean of domains, layers after the first.",
     "seconds": "Seconds: in optimizer steps; of another method, until it is ready to answer.",
     "seconds_per_step": "Seconds a step, tokens a second: medians of the last stage.",
+    "seconds_per_example": "Milliseconds an answer: of scoring a held-out example with its choices, batched.",
     "trainable": "Trained weights: of the row's own training; an own expert's are those of all experts.",
     "peak_memory": "Peak memory: 10⁹ bytes, resident in the process where the steps logged none of a device.",
 }
@@ -61,8 +63,10 @@ def better(metric: str) -> str:
 
 
 def scaled(name: str, value: float) -> float:
-    """A value in the unit it is shown in: shares in percent, bytes in 10^9."""
-    return 100 * value if name in SHARES else value / 1e9 if name == "peak_memory" else value
+    """A value in the unit it is shown in: shares in percent, bytes in 10^9, answers in milliseconds."""
+    if name in SHARES:
+        return 100 * value
+    return value / 1e9 if name == "peak_memory" else 1000 * value if name == "seconds_per_example" else value
 
 
 def number(name: str, value: float) -> str:
@@ -70,7 +74,15 @@ def number(name: str, value: float) -> str:
     value = scaled(name, value)
     if name in ("seconds", "trainable", "tokens_per_second"):
         return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
-    digits = 1 if name in SHARES else 2 if name == "peak_memory" else 4 if name == "loss" else 3
+    digits = (
+        1
+        if name in (*SHARES, "seconds_per_example")
+        else 2
+        if name == "peak_memory"
+        else 4
+        if name == "loss"
+        else 3
+    )
     return f"{value:.{digits}f}"
 
 

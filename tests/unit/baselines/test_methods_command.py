@@ -72,6 +72,7 @@ def test_the_command_gives_the_rows_of_the_run_and_of_the_methods_with_what_they
     assert list(costs) == ["base", "mixture", "expert:sums", "expert:words", "own", "uniform", "lorahub"]
     assert (costs["lorahub"]["trainable"], costs["lorahub"]["steps"]) == (2, 41)
     assert [name for name, cost in costs.items() if cost["told"]] == ["own"]
+    assert all(cost["seconds_per_example"] > 0 for cost in costs.values())
     mixture = mixture_of(load_mixture(run / "mixture")[0])
     experts = sum(2 * 4 * (m.bank.in_features + m.bank.out_features) for m in mixture.mixers.values())
     routers = sum(2 * m.bank.in_features for m in mixture.mixers.values())

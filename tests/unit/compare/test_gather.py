@@ -45,6 +45,24 @@ def test_measures_are_those_of_the_files(comparison_file: File) -> None:
     )
 
 
+def test_the_time_of_an_answer_is_of_the_cell_that_took_it_and_nothing_else_of_that(
+    comparison_file: File,
+) -> None:
+    plan = planned(comparison_file(), "comparison.measures=[seconds_per_example]")
+    rsl, timed = plan.cells[1], next(cell for cell in plan.cells if cell.times == "RSL")
+    finish(rsl, [loss("law", "mixture", 1.0)])
+    cost = {"trainable": 999, "seconds": 99.0, "seconds_per_example": 0.25, "told": False}
+    method_file(plan, timed).parent.mkdir(parents=True)
+    scores = {"rows": [loss("law", "mixture", 77.0)], "costs": {"mixture": cost}}
+    method_file(plan, timed).write_text(json.dumps(scores))
+    found = gather(plan)
+    measured = {m["name"]: m["value"] for m in found.measures if m["variant"] == "RSL"}
+    assert measured["seconds_per_example"] == 0.25 and measured["trainable"] == 21.0
+    assert [row["value"] for row in found.rows] == [1.0]
+    row = next(row for row in results_of(plan, found)["table"] if row["row"] == "RSL")
+    assert row["measures"]["seconds_per_example"]["mean"] == 0.25
+
+
 def test_frozen_experts_do_not_count_as_trained(comparison_file: File) -> None:
     plan = planned(comparison_file(), "stage2.experts=frozen")
     finish(plan.cells[1], [loss("law", "mixture", 1.0)])

@@ -25,6 +25,18 @@ def kinds(plan: Plan) -> list[tuple[str, str, int]]:
     return [(cell.kind, cell.label if cell.kind == "variant" else "", cell.seed) for cell in plan.cells]
 
 
+def test_where_answers_are_timed_each_variant_is_scored_once_more(comparison_file: File) -> None:
+    plan = planned(comparison_file(), "comparison.measures=[seconds_per_example]", "comparison.seeds=[0]")
+    timed = [cell for cell in plan.cells if cell.times is not None]
+    assert [(cell.times, cell.label, cell.kind) for cell in timed] == [
+        ("RSL", "mixture", "method"),
+        ("GMoE", "mixture", "method"),
+    ]
+    for cell, variant in zip(timed, plan.cells[1:3], strict=True):
+        assert cell.needs == variant.name and cell.folder == variant.folder
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells) == 7
+
+
 def test_variants_that_differ_in_stage_two_alone_share_their_experts(comparison_file: File) -> None:
     plan = planned(comparison_file())
     one_seed = ["experts", "RSL", "GMoE", "method", "method"]
