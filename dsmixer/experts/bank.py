@@ -13,7 +13,9 @@ from torch import nn
 
 from dsmixer.experts.apart import Outputs, PerToken, sum_apart
 from dsmixer.experts.assignment import Assignment
+from dsmixer.experts.dense import choose_form
 from dsmixer.experts.dropout import Dropout
+from dsmixer.experts.few import ServedBank, are_few
 from dsmixer.experts.forms import auto_form, forms
 from dsmixer.experts.init import kaiming_rows, named_generator
 
@@ -68,11 +70,13 @@ class ExpertBank(nn.Module):
         self.ranks, self.alphas, self.rslora = tuple(ranks), tuple(alphas), rslora
         self.rank = padded_rank(ranks) if rank is None else rank
         self.compute = compute
+        self._small = choose_form(len(names), self.rank) == "dense"
         self.lora_A = nn.Parameter(torch.zeros(len(names), self.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(len(names), self.rank, out_features, device=device))
         scaling = [lora_scaling(r, a, rslora) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)]
         self.scaling = tuple(scaling)
         self._scaling_on: dict[torch.device, torch.Tensor] = {}
+        self._served: ServedBank | None = None
 
     @property
     def num_experts(self) -> int:
@@ -116,6 +120,29 @@ class ExpertBank(nn.Module):
         masks first."""
         form = auto_form if self.compute == "auto" else forms[self.compute]
         return form(x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment, dropout)
+
+    def serves(self, x_TD: torch.Tensor, top_k: int) -> bool:
+        """Whether tokens that are only to be answered may skip the choice between forms.
+
+        Not where gradients are wanted, where weights and tokens are of unlike dtypes, and under ZeRO-3, which
+        releases weights that ``served`` would hold on to.
+        """
+        return (
+            self.compute == "auto"
+            and not torch.is_grad_enabled()
+            and x_TD.dtype == self.lora_A.dtype == self.lora_B.dtype
+            and not hasattr(self.lora_A, "ds_id")
+            and are_few(
+                x_TD, x_TD.shape[0] * min(top_k, self.num_experts), self.num_experts, small=self._small
+            )
+        )
+
+    @property
+    def served(self) -> ServedBank:
+        """The weights laid out for a few tokens, made once."""
+        if self._served is None or not self._served.shows(self.lora_A, self.lora_B):
+            self._served = ServedBank(self.lora_A.data, self.lora_B.data, self.scaling)
+        return self._served
 
     def sum_apart(
         self,

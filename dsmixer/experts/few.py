@@ -8,6 +8,8 @@ Shapes: T tokens, D input width, O output width, E experts, R LoRA rank, K exper
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +30,11 @@ def suits_few(x_TD: torch.Tensor, assignment: Assignment, num_experts: int, *, s
     """
     if assignment.indices_TK is None or torch.is_grad_enabled():
         return False
-    num_pairs = assignment.indices_TK.numel()
+    return are_few(x_TD, assignment.indices_TK.numel(), num_experts, small=small)
+
+
+def are_few(x_TD: torch.Tensor, num_pairs: int, num_experts: int, *, small: bool) -> bool:
+    """Whether so many pairs are few, of tokens that need no gradient; the rest as ``suits_few``."""
     # where the matrices are copied before they are read, a pair costs about twice
     cost = num_pairs if _reads_in_place(x_TD) else 2 * num_pairs
     return num_pairs <= MAX_PAIRS and (cost <= num_experts or not small)
@@ -104,3 +110,64 @@ def _matrices(bank_ERX: torch.Tensor, indices_TK: torch.Tensor, dtype: torch.dty
     _, rank, width = bank_ERX.shape
     chosen_NRX = bank_ERX.index_select(0, indices_TK.flatten()).to(dtype)
     return chosen_NRX.view(num_tokens, top_k * rank, width)
+
+
+class ServedBank:
+    """A bank's weights laid out for tokens that are only to be answered: what is the same for every token is
+    made once. Its tensors are views of the bank's, so that it costs no memory.
+
+    Args:
+        a_ERD: ``lora_A``.
+        b_ERO: ``lora_B``, of the same dtype.
+        scaling: s of each expert.
+    """
+
+    def __init__(self, a_ERD: torch.Tensor, b_ERO: torch.Tensor, scaling: Sequence[float]) -> None:
+        num_experts, rank, width = b_ERO.shape
+        self._places = a_ERD.data_ptr(), b_ERO.data_ptr()
+        self._a_ERD, self._scaling = a_ERD, list(scaling)
+        self._a_RD = list(a_ERD.unbind(0))
+        self._b_OR = [b_RO.T for b_RO in b_ERO.unbind(0)]
+        self._b_FO = b_ERO.view(num_experts * rank, width)
+        self._same = self._scaling[0] if len(set(self._scaling)) == 1 else None
+        with torch.inference_mode(False):  # what is made inside could not be used outside of it
+            self._s_E = torch.tensor(self._scaling, device=a_ERD.device)
+            self._rows_ER = torch.arange(num_experts * rank, device=a_ERD.device).view(num_experts, rank)
+
+    def shows(self, a_ERD: torch.Tensor, b_ERO: torch.Tensor) -> bool:
+        """Whether these are the tensors that it shows."""
+        return self._places == (a_ERD.data_ptr(), b_ERO.data_ptr()) and a_ERD.dtype == self._a_ERD.dtype
+
+    def add(
+        self, y_TO: torch.Tensor, x_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """``y_t + sum_k w_tk s_e B_e A_e x_t``, in ``y_TO`` itself where a loop over the pairs is cheapest.
+
+        Args:
+            y_TO: the projection's own output, of the bank's dtype, contiguous, which nobody else holds.
+            x_TD: its input, of the bank's dtype.
+            indices_TK: the experts of each token, none absent.
+            weights_TK: their weights, float32.
+        """
+        if not _reads_in_place(x_TD):
+            return y_TO + self._gathered(x_TD, indices_TK, weights_TK)
+        for x_D, y_O, experts, weights_K in zip(
+            x_TD.unbind(0), y_TO.unbind(0), indices_TK.tolist(), weights_TK.tolist(), strict=True
+        ):
+            for e, weight in zip(experts, weights_K, strict=True):
+                y_O.addmv_(self._b_OR[e], torch.mv(self._a_RD[e], x_D), alpha=weight * self._scaling[e])
+        return y_TO
+
+    def _gathered(
+        self, x_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        num_tokens, top_k = indices_TK.shape
+        _, rank, width = self._a_ERD.shape
+        indices_N = indices_TK.view(-1)
+        scale = self._s_E.take(indices_TK) if self._same is None else self._same
+        scaled_TK1 = (weights_TK * scale).to(x_TD.dtype)[:, :, None]
+        a_TFD = self._a_ERD.index_select(0, indices_N).view(num_tokens, top_k * rank, width)
+        h_TKR = torch.bmm(a_TFD, x_TD[:, :, None]).view(num_tokens, top_k, rank) * scaled_TK1
+        rows_TF = self._rows_ER.index_select(0, indices_N).view(num_tokens, top_k * rank)
+        h_TF = h_TKR.view(num_tokens, top_k * rank)
+        return F.embedding_bag(rows_TF, self._b_FO, mode="sum", per_sample_weights=h_TF)

@@ -69,6 +69,11 @@ class MixedLinear(nn.Module):
         if context.routing.mode == "none":
             return y
         x_TD = _in_autocast(x.reshape(-1, x.shape[-1]))
+        if self._serves(x_TD, y):
+            choice = context.choose_unobserved(router, x_TD)
+            if choice is not None:
+                y_TO = y.view(x_TD.shape[0], -1)
+                return self.bank.served.add(y_TO, x_TD, choice.indices_TK, choice.weights_TK).view_as(y)
         shared_input = x if self.shared else None
         assignment = context.assign(
             router,
@@ -93,6 +98,12 @@ class MixedLinear(nn.Module):
             self._give_outputs(x_TD, assignment, dropout)
         delta_TO = self.exchange.combine(self.bank(sent.x_MD, sent.assignment, dropout), sent)
         return y + delta_TO.view_as(y)
+
+    def _serves(self, x_TD: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether a few tokens are only to be answered, by experts that are all here."""
+        if self.shared or self.exchange.travels or not self.bank.serves(x_TD, self.context.routing.top_k):
+            return False
+        return y.dtype == x_TD.dtype and y.is_contiguous()
 
     def _give_outputs(self, x_TD: torch.Tensor, assignment: Assignment, dropout: Dropout | None) -> None:
         """To a loss on what the experts put out, of the input that they see."""

@@ -17,7 +17,7 @@ import torch
 
 from dsmixer.experts.apart import PerToken
 from dsmixer.experts.assignment import Assignment
-from dsmixer.routing.modes import Routing, modes, topk_of_logits
+from dsmixer.routing.modes import Choice, Routing, modes, topk_of_logits
 from dsmixer.routing.requests import check_rows, forced_assignment, with_forced_rows
 from dsmixer.routing.router import Router
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
@@ -185,6 +185,15 @@ class RoutingContext:
             kept = _SharedAssignment(key, shared_input, self._through_router(router, index, x_TD, stream))
             self._shared = kept
         return kept.assignment
+
+    def choose_unobserved(self, router: Router, x_TD: torch.Tensor) -> Choice | None:
+        """The pairs of tokens that are only to be answered, none absent.
+
+        None where somebody looks on, or the routing is another than renormalised ``topk`` for all rows.
+        """
+        if not self._unobserved or self.routing.rows is not None or not self.routing.renormalized_topk:
+            return None
+        return topk_of_logits(router(x_TD), self.routing)
 
     def once_a_block(self, assignment: Assignment, prepare: Callable[[], Prepared]) -> Prepared:
         """What ``prepare`` makes of an assignment that projections share, made once for all of them."""
