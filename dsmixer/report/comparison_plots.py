@@ -105,12 +105,7 @@ def _lines(results: Results) -> Iterator[Named]:
     if not results["axes"]:
         return
     axis = results["axes"][0]
-    series: dict[str, list[Mapping[str, Any]]] = {}
-    for row in results["table"]:
-        if row["point"]:
-            rest = [f"{name}={value}" for name, value in row["point"].items() if name != axis["name"]]
-            variant = [row["name"]] if len({other["name"] for other in _at_points(results)}) > 1 else []
-            series.setdefault(", ".join([*variant, *rest]) or axis["name"], []).append(row)
+    series = {told or axis["name"]: rows for told, rows in _series(results, [axis["name"]]).items()}
     metrics = [(metric, columns_of(results, metric)[-1]) for metric in metrics_of(results)]
     for metric, column in metrics:
         title = with_remarks(
@@ -121,8 +116,15 @@ def _lines(results: Results) -> Iterator[Named]:
         yield f"lines-{_file(metric)}", title, _line_plot(results, axis, series, metric, column, title)
 
 
-def _at_points(results: Results) -> list[Mapping[str, Any]]:
-    return [row for row in results["table"] if row["point"]]
+def _series(results: Results, axes: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows that have a point, apart by variant, where there are several, and by all axes but these."""
+    rows = [row for row in results["table"] if row["point"]]
+    several = len({row["name"] for row in rows}) > 1
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        rest = [f"{name}={value}" for name, value in row["point"].items() if name not in axes]
+        found.setdefault(", ".join([*([row["name"]] if several else []), *rest]), []).append(row)
+    return found
 
 
 def _line_plot(
@@ -177,19 +179,17 @@ def _reference_lines(axes: Axes, results: Results, metric: str, column: str) -> 
 
 
 def _grids(results: Results) -> Iterator[Named]:
-    """Two axes as a heat map, of each metric and measure, for each variant."""
+    """The first two axes as heat maps of each metric and measure, one for each point of all the rest."""
     if len(results["axes"]) < 2:
         return
-    for name in dict.fromkeys(row["name"] for row in _at_points(results)):
-        rows = [row for row in _at_points(results) if row["name"] == name]
-        several = len({row["name"] for row in _at_points(results)}) > 1
+    for told, rows in _series(results, [axis["name"] for axis in results["axes"][:2]]).items():
         for quantity in [*metrics_of(results), *measures_there(results)]:
             values = _grid(results, rows, quantity)
             if np.isfinite(values).any():
                 column = columns_of(results, quantity)[-1:] if quantity in results["columns"] else []
                 title = MEASURE_TITLES.get(quantity) or metric_title(quantity)
-                title = with_remarks(title, *([name] if several else []), *column)
-                file = f"grid-{_file(quantity)}" + (f"-{_file(name)}" if several else "")
+                title = with_remarks(title, *([told] if told else []), *column)
+                file = f"grid-{_file(quantity)}" + (f"-{_file(told)}" if told else "")
                 yield file, title, _grid_figure(results, values, quantity, title)
 
 
@@ -206,7 +206,7 @@ def _grid(results: Results, rows: Sequence[Mapping[str, Any]], quantity: str) ->
         if quantity in results["columns"]:
             columns = columns_of(results, quantity)
             cell = cell_of(row, quantity, columns[-1]) if columns else None
-        if cell is not None and math.isnan(values[place]):  # further axes: the first of their values
+        if cell is not None:
             values[place] = cell["mean"]
     return values
 

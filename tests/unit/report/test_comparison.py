@@ -225,6 +225,24 @@ def test_a_grid_has_a_cell_for_each_point_of_two_axes() -> None:
     assert texts == ["1.1500", "2.1500", "1.2500", "2.2500", "1.4500", "2.4500"]
 
 
+def test_each_point_of_a_third_axis_has_a_grid_of_its_own() -> None:
+    two = with_axes()
+    rows = [
+        {**row, "row": f"{row['row']}, c={c}", "point": {**row["point"], "c": c}, "cells": {"loss": {
+            domain: figure(*(value + float(c) for value in cell["values"].values()))
+            for domain, cell in row["cells"]["loss"].items()
+        }}}
+        for row in two["table"]
+        for c in ("0", "5")
+    ]  # fmt: skip
+    axes = [*two["axes"], {"name": "c", "key": "x.c", "values": ["0", "5"]}]
+    grids = {
+        name: plot for name, _, plot in figures_of({**two, "axes": axes, "table": rows, "plots": ["grid"]})
+    }
+    for c, first in (("0", "1.1500"), ("5", "6.1500")):
+        assert grids[f"grid-loss-c={c}"].axes[0].texts[0].get_text() == first
+
+
 def test_a_comparison_with_nothing_done_has_a_page_that_says_so(tmp_path: Path) -> None:
     nothing = results(table=[], curves={}, domains=[], missing=["experts/t/seed-0"], cells=1)
     files = write_comparison(tmp_path, nothing)
