@@ -13,6 +13,7 @@ from dsmixer.report.comparison_values import (
     COMPETING,
     MEASURE_NOTES,
     MEASURE_TITLES,
+    PAIRED_NOTE,
     PAPER_NOTE,
     Results,
     best_of,
@@ -25,8 +26,10 @@ from dsmixer.report.comparison_values import (
     metric_title,
     metrics_of,
     missing_note,
+    paired,
     paper_match,
     rows_with,
+    signed_text,
     spread_note,
 )
 from dsmixer.report.css import CSS
@@ -109,6 +112,7 @@ def render(results: Results, figures: Sequence[Named]) -> str:
         tag("header", tag("h1", results["title"]), tag("p", _subtitle(results))),
         _notes(results),
         _scores(results),
+        _paired(results),
         _measures(results),
         _paper(results),
         section("Plots", drawn("plot", [(caption, figure) for _, caption, figure in figures]), key="plots"),
@@ -164,6 +168,22 @@ def _metric_table(results: Results, metric: str) -> Markup:
         ]
         rows.append(_row(row, cells))
     return _table(columns, rows)
+
+
+def _paired(results: Results) -> Markup:
+    """The differences from the first variant, a table a metric."""
+    parts = []
+    for metric in metrics_of(results):
+        first, rows = paired(results, metric)
+        if rows:
+            column = columns_of(results, metric)[-1]
+            cells = [(name, signed_text(metric, figure)) for name, figure in rows]
+            lines = [
+                tag("tr", tag("th", name, scope="row"), tag("td", text, class_="number"))
+                for name, text in cells
+            ]
+            parts += [tag("h3", f"{metric_title(metric)}: difference from {first}"), _table([column], lines)]
+    return section("Seed by seed", note(PAIRED_NOTE), *parts, key="paired") if parts else Markup("")
 
 
 def _measures(results: Results) -> Markup:

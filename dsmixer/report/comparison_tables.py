@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dsmixer.report.comparison_values import (
     MEASURE_NOTES,
     MEASURE_TITLES,
+    PAIRED_NOTE,
     PAPER_NOTE,
     Results,
     best_of,
@@ -21,8 +22,10 @@ from dsmixer.report.comparison_values import (
     metric_title,
     metrics_of,
     missing_note,
+    paired,
     paper_match,
     rows_with,
+    signed_text,
     spread_note,
 )
 
@@ -34,6 +37,7 @@ def markdown(results: Results) -> str:
     parts = [f"# {_plain(results['title'])}", *_about(results)]
     for metric in metrics_of(results):
         parts += [f"## {metric_title(metric)} ({better(metric)})", _metric_table(results, metric)]
+    parts += _paired(results)
     names = measures_there(results)
     if names:
         notes = " ".join(MEASURE_NOTES[name] for name in names if name in MEASURE_NOTES)
@@ -67,6 +71,22 @@ def _metric_table(results: Results, metric: str) -> str:
         ]
         lines.append([row["row"], *marked])
     return _table(["", *columns], lines)
+
+
+def _paired(results: Results) -> list[str]:
+    """The differences from the first variant, a table a metric."""
+    parts = []
+    for metric in metrics_of(results):
+        first, rows = paired(results, metric)
+        if rows:
+            lines = [[name, signed_text(metric, figure)] for name, figure in rows]
+            parts.append(
+                _table(
+                    [f"{metric_title(metric)}: difference from {first}", columns_of(results, metric)[-1]],
+                    lines,
+                )
+            )
+    return [f"## Seed by seed\n\n{PAIRED_NOTE}", *parts] if parts else []
 
 
 def _measure_table(results: Results, names: Sequence[str]) -> str:

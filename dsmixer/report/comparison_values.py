@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from dsmixer.report.scores import lower_is_better
@@ -101,6 +102,12 @@ def figure_text(name: str, figure: Figure | None) -> str:
     return text
 
 
+def signed_text(name: str, figure: Figure) -> str:
+    """The same of a difference, with its sign."""
+    text = figure_text(name, figure)
+    return text if text.startswith("-") else f"+{text}"
+
+
 def spread_note(results: Results) -> str:
     """What stands behind a mean in the tables."""
     count = len(results["seeds"])
@@ -177,6 +184,39 @@ def best_of(results: Results, metric: str, column: str) -> set[str]:
         return set()
     best = (min if lower_is_better(metric) else max)(known)[0]
     return {name for mean, name in known if mean == best}
+
+
+PAIRED_NOTE = (
+    "Each seed's figure less that of the first variant on the same seed, data and experts. What seeds differ "
+    "in by themselves is not in the spread, so that a small difference can be told from none."
+)
+
+
+def paired(results: Results, metric: str) -> tuple[str, list[tuple[str, Figure]]]:
+    """How far other rows are from the first variant, seed by seed, in the mean over domains.
+
+    Returns:
+        The first variant's row, and of every other variant and method on the same experts its row with mean
+        and spread of the differences; nothing where there is no other, or one seed.
+    """
+    rows = [row for row in rows_with(results, metric) if row["kind"] in COMPETING]
+    first = next((row for row in rows if row["kind"] == "variant"), None)
+    if first is None:
+        return "", []
+    column, found = columns_of(results, metric)[-1], []
+    of_first = (cell_of(first, metric, column) or {}).get("values", {})
+    for row in rows:
+        theirs = (cell_of(row, metric, column) or {}).get("values", {})
+        seeds = [seed for seed in of_first if seed in theirs]
+        if row is not first and row["trunk"] == first["trunk"] and len(seeds) > 1:
+            found.append((row["row"], _figure([theirs[seed] - of_first[seed] for seed in seeds])))
+    return first["row"], found
+
+
+def _figure(values: Sequence[float]) -> Figure:
+    two = len(values) == 2
+    spread = abs(values[0] - values[1]) if two else stdev(values)
+    return {"mean": fmean(values), "spread": spread, "spread_is": "range" if two else "standard deviation"}
 
 
 def paper_match(results: Results, metric: str, unit: str, row: str, column: str) -> str | None:

@@ -108,6 +108,20 @@ def test_the_csv_gives_each_seed_back() -> None:
     assert {line["quantity"] for line in lines} == {"loss", "accuracy", "routing_entropy", "trainable"}
 
 
+def test_differences_are_taken_seed_by_seed_from_the_first_variant() -> None:
+    other = table_row("GMoE", "variant", {"law": (1.0, 1.0, 1.0), MEAN: (1.15, 1.28, 1.18)})
+    elsewhere = {**table_row("other experts", "variant", {MEAN: (9.0, 9.0, 9.0)}), "trunk": "u"}
+    some = results(table=[*results()["table"], other, elsewhere])
+    # 1.15 - 1.1, 1.28 - 1.2, 1.18 - 1.15: mean 0.16 / 3, deviations -1, 8, -7 of 300
+    spread = ((1 + 64 + 49) / 300**2 / 2) ** 0.5
+    line = f"| GMoE | +0.0533 ± {spread:.4f} |"
+    text, page = markdown(some), render(some, [])
+    assert line in text and "difference from RSL" in text and "| uniform | +0.3500 ± 0.0500 |" in text
+    assert "+0.0533" in page and "| other experts | +" not in text and "| base | +" not in text
+    one = results(seeds=[0], table=[table_row(name, "variant", {MEAN: (1.0,)}) for name in ("a", "b")])
+    assert "Seed by seed" not in markdown(one)
+
+
 def test_a_row_that_is_told_the_domain_is_never_the_best_though_it_is_better() -> None:
     told = table_row("lorahub_per_domain, told the domain", "told", {"law": (0.5,), MEAN: (0.5,)})
     text = markdown(results(table=[*results()["table"], told]))
