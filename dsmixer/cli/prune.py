@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmixer.cli.arguments import add_data_arguments, count
 from dsmixer.cli.loading import add_model_arguments, find_mixture, load
+from dsmixer.cli.passes import Passes
 from dsmixer.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from dsmixer.model.inject import Mixture
 
 BY = ("layer", "mixer")
+DATA_FLAGS = ("data", "max_examples", "max_length", "batch_size")
 SCORES = ("path", "ablation", "first_order", "size")
 
 
@@ -49,7 +53,8 @@ def add_parser(subparsers: Any) -> None:
         "--scores",
         type=Path,
         metavar="FILE.json",
-        help="take the scores from this file if it is there; else write them to it",
+        help="take the scores from this file if it is there, and use the data for the loss alone; else write "
+        "them to it",
     )
     add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new mixture's folder")
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Score, choose, write, print; 0 on success.
 
     Raises:
-        UserError: the mixture or the data can't be used, or nothing would be pruned, or nothing left.
+        UserError: the mixture, the data or the scores can't be used, or nothing would be pruned, or nothing
+            left.
     """
     from dsmixer.adapters.publish import check_free
     from dsmixer.cli.evaluate import read_data
@@ -71,20 +77,26 @@ def run(args: argparse.Namespace) -> int:
     check_free(args.out)
     source = find_mixture(args.folder)
     known = args.scores is not None and args.scores.exists()
-    read = None if known and args.max_loss_rise is None else read_data(args)
+    wanted = args.max_loss_rise is not None or any(getattr(args, name) is not None for name in DATA_FLAGS)
+    read = None if known and not wanted else read_data(args)
     model, tokenizer = load(args)
     mixture = mixture_of(model)
     units = units_of(mixture, args.by)
-    probe = None if read is None else _probe(model, tokenizer, read)
-    scores = _read_scores(args, mixture, list(units)) if known else _score(args, probe, mixture, units)
-    names = _chosen(args, scores["units"], units, probe)
-    losses = None if probe is None else _losses(probe, units, names)
+    passes = Passes()
+    probe = None if read is None else _probe(model, tokenizer, read, passes)
+    if known:
+        scores = _read_scores(args, mixture, list(units))
+        print(f"the scores are those in {args.scores}: none is made", file=sys.stderr, flush=True)
+    else:
+        scores = _score(args, probe, mixture, units, passes)
+    names = _chosen(args, scores["units"], units, probe, passes)
+    losses = None if probe is None else _losses(probe, units, names, scores, passes)
     written = _write(args, mixture, source, tokenizer, units, names, scores, losses)
     _print(args, mixture, units, names, scores, losses, written)
     return 0
 
 
-def _probe(model: Any, tokenizer: Any, read: Any) -> Probe:
+def _probe(model: Any, tokenizer: Any, read: Any, passes: Passes) -> Probe:
     from dsmixer.data.encode import pad_token_id
     from dsmixer.evaluation.layer_scores import Probe
     from dsmixer.evaluation.methods import BATCH_SIZE
@@ -99,23 +111,33 @@ def _probe(model: Any, tokenizer: Any, read: Any) -> Probe:
         seed=read.seed,
         decoder_start=decoder_start(getattr(model, "config", None)),
     )
-    return Probe(model, sheet, read.settings.batch_size or BATCH_SIZE, pad_token_id(tokenizer))
+    rows = read.settings.batch_size or BATCH_SIZE
+    return Probe(model, sheet, rows, pad_token_id(tokenizer), passes.tick)
 
 
 def _score(
-    args: argparse.Namespace, probe: Probe | None, mixture: Mixture, units: Mapping[str, Sequence[str]]
+    args: argparse.Namespace,
+    probe: Probe | None,
+    mixture: Mixture,
+    units: Mapping[str, Sequence[str]],
+    passes: Passes,
 ) -> dict[str, Any]:
     from dsmixer.checkpoint.atomic import write_json
-    from dsmixer.evaluation.layer_scores import methods
+    from dsmixer.evaluation.layer_scores import methods, num_passes
 
     assert probe is not None
     method = args.score or SCORES[0]
+    what = f"scoring {len(units)} {args.by}s by {method} on {len(probe.sheet.examples)} examples"
+    with passes.of(what, num_passes(method, len(units)) * probe.num_batches):
+        values = methods[method](probe, units)
+    _check_finite(values, str(args.folder), "see whether its loss is finite there (dsmixer evaluate)")
     found = {
         "score": method,
         "by": args.by,
         "weights": _digest(mixture),
         "num_examples": len(probe.sheet.examples),
-        "units": methods[method](probe, units),
+        "rows": _digest_of_rows(probe),
+        "units": values,
     }
     if args.scores is not None:
         write_json(args.scores, found)
@@ -131,6 +153,15 @@ def _digest(mixture: Mixture) -> str:
     return digest.hexdigest()
 
 
+def _digest_of_rows(probe: Probe) -> str:
+    """Of all tokens and which of them are targets: by these the rows of the scores are told from others."""
+    store, digest = probe.sheet.store, hashlib.sha256()
+    for row in probe.rows:
+        digest.update(f"{store.domain_ids[row]} {store.target_starts[row]}".encode())
+        digest.update(store.input_ids(row).tobytes())
+    return digest.hexdigest()
+
+
 def _read_scores(args: argparse.Namespace, mixture: Mixture, names: Sequence[str]) -> dict[str, Any]:
     """What an earlier call has written to ``--scores``.
 
@@ -141,15 +172,33 @@ def _read_scores(args: argparse.Namespace, mixture: Mixture, names: Sequence[str
     try:
         found = json.loads(args.scores.read_text(encoding="utf-8"))
         told = {key: found[key] for key in ("score", "by", "weights", "num_examples")}
-        told["units"] = {name: float(found["units"][name]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told["rows"] = found.get("rows")
+        told["units"] = {name: _number(found["units"][name]) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"holds no scores of this mixture by {args.by} ({type(error).__name__}: {error})"
         raise UserError(problem, where=where, fix=fix) from error
     for key, wanted in (("score", args.score), ("by", args.by), ("weights", _digest(mixture))):
         if wanted is not None and told[key] != wanted:
             of_what = "of another mixture" if key == "weights" else f"of {key} {told[key]}, not {wanted}"
             raise UserError(f"holds scores {of_what}", where=where, fix=fix)
+    _check_finite(told["units"], where, fix)
     return told
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.60} is no number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number past what a float holds
+        return math.inf if value > 0 else -math.inf
+
+
+def _check_finite(scores: Mapping[str, float], where: str, fix: str) -> None:
+    """Nothing can be ranked by the score of a mixture whose loss, or outputs, are not finite."""
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise UserError(f"the score of {name} is {value}", where=where, fix=fix)
 
 
 def _chosen(
@@ -157,14 +206,17 @@ def _chosen(
     scores: Mapping[str, float],
     units: Mapping[str, Sequence[str]],
     probe: Probe | None,
+    passes: Passes,
 ) -> list[str]:
     """Names of the units that keep their mixers."""
-    from dsmixer.evaluation.layer_scores import fewest, ranking
+    from dsmixer.evaluation.layer_scores import fewest, most_tries, ranking
 
     order = ranking(scores)
     if args.max_loss_rise is not None:
         assert probe is not None
-        return fewest(probe, units, order, args.max_loss_rise)[0]
+        what = f"finding how many {args.by}s it takes"
+        with passes.of(what, most_tries(len(units)) * probe.num_batches):
+            return fewest(probe, units, order, args.max_loss_rise)[0]
     number = args.keep if args.keep is not None else max(1, round(args.share * len(order)))
     if number >= len(order):
         problem = f"{number} of {len(order)} {args.by}s with mixers would be kept: nothing to prune"
@@ -173,11 +225,22 @@ def _chosen(
     return order[:number]
 
 
-def _losses(probe: Probe, units: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, float]:
-    """Of the base, the mixture and the pruned one, on the rows of the scores."""
+def _losses(
+    probe: Probe,
+    units: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    scores: Mapping[str, Any],
+    passes: Passes,
+) -> dict[str, Any]:
+    """Of the base, the mixture and the pruned one, and on how many examples; whether those of the scores."""
     pruned = [path for name, paths in units.items() if name not in names for path in paths]
     every = [path for paths in units.values() for path in paths]
-    return {"base": probe.loss(every), "full": probe.loss(), "pruned": probe.loss(pruned)}
+    known = scores["rows"]  # by earlier versions it is not told
+    as_scored = None if known is None else known == _digest_of_rows(probe)
+    told = {"num_examples": len(probe.sheet.examples), "as_scored": as_scored}
+    with passes.of("measuring the loss", 3 * probe.num_batches):
+        found = {"base": probe.loss(every), "full": probe.loss(), "pruned": probe.loss(pruned)}
+    return {**found, **told}
 
 
 def _write(
@@ -188,15 +251,15 @@ def _write(
     units: Mapping[str, Sequence[str]],
     names: Sequence[str],
     scores: Mapping[str, Any],
-    losses: Mapping[str, float] | None,
+    losses: Mapping[str, Any] | None,
 ) -> Pruned:
     from dsmixer.adapters.pruning import prune_mixture
 
     why = f"chosen by {args.by}, score `{scores['score']}` on {scores['num_examples']} held-out examples"
     if losses is not None:
         why += (
-            f"; loss there, nats a target token, mean over domains: {losses['base']:.4f} without mixers, "
-            f"{losses['full']:.4f} with all, {losses['pruned']:.4f} with these"
+            f"; loss {_on(losses)}, nats a target token, mean over domains: {losses['base']:.4f} without "
+            f"mixers, {losses['full']:.4f} with all, {losses['pruned']:.4f} with these"
         )
     kept = [path for name, paths in units.items() if name in names for path in paths]
     return prune_mixture(mixture, source, kept, args.out, tokenizer=tokenizer, units=units, why=why)
@@ -208,7 +271,7 @@ def _print(
     units: Mapping[str, Sequence[str]],
     names: Sequence[str],
     scores: Mapping[str, Any],
-    losses: Mapping[str, float] | None,
+    losses: Mapping[str, Any] | None,
     written: Pruned,
 ) -> None:
     from dsmixer.adapters.pruning import num_weights
@@ -239,9 +302,17 @@ def _print(
     print(f"weights: {weights['pruned']:,} of {weights['full']:,} of experts and routers")
     if losses is not None:
         told = ", ".join(f"{name} {losses[key]:.4f}" for key, name in _LOSSES.items())
-        print(f"loss:    {told} (nats a target token, mean over domains, on the rows of the scores)")
+        print(f"loss:    {told} (nats a target token, mean over domains, {_on(losses)})")
     for note in written.notes:
         print(f"note: {note}")
+
+
+def _on(losses: Mapping[str, Any]) -> str:
+    """Where the losses were measured, beside the scores."""
+    if losses["as_scored"]:
+        return "on the rows of the scores"
+    others = ", which are not those of the scores" if losses["as_scored"] is False else ""
+    return f"on {losses['num_examples']} examples{others}"
 
 
 _LOSSES = {"base": "without mixers", "full": "with all", "pruned": "with those kept"}

@@ -17,11 +17,14 @@ from pydantic import ValidationError
 from dsmixer.config.errors import UserError
 from dsmixer.config.schema import ExpertSpec, MixerSection
 from dsmixer.config.stages import Stage2Config
+from dsmixer.config.yaml_text import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from dsmixer.config.recipe import LoadedRecipe
 
 MIXTURE_FILE = "mixer_config.json"
+RUN_FILE = "config.yaml"
+"""Of the run that has made a mixture, beside its folder."""
 DECIDED = ("targets", "rank", "alpha", "rslora", "router")
 """Keys of ``mixer`` that are the mixture's, beside ``experts``."""
 ROUTING = ("routing", "top_k", "renormalize", "top_p")
@@ -55,8 +58,41 @@ def with_mixture(loaded: LoadedRecipe) -> tuple[MixerSection, Stage2Config]:
     }
     if not _writes_experts(loaded):
         update["experts"] = experts
-    routing = {key: values[key] for key in ROUTING if not loaded.said(f"stage2.{key}")}
-    return mixer.model_copy(update=update), stage2.model_copy(update=routing)
+    return mixer.model_copy(update=update), stage2.model_copy(update=_routing(loaded, values))
+
+
+def _routing(loaded: LoadedRecipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    """How stage two goes on, and the mixture that comes of it routes: as in the run, where nobody wrote it.
+
+    A mixture's description says how it routes in use. Where its run trained it in another way
+    (``inference_routing``), stage two trains in that way, too, and the mixture goes on to route as published.
+    """
+    assert loaded.recipe.mixer.mixture is not None
+    found = {key: values[key] for key in ROUTING if not loaded.said(f"stage2.{key}")}
+    trained = _trained_apart(mixture_folder(loaded.recipe.mixer.mixture), values["routing"])
+    if trained is None:
+        return found
+    if "routing" in found:
+        found["routing"] = trained
+    as_trained = found.get("routing", loaded.recipe.stage2.routing) == trained
+    if as_trained and not loaded.said("stage2.inference_routing"):
+        found["inference_routing"] = values["routing"]
+    return found
+
+
+def _trained_apart(folder: Path, used: str) -> str | None:
+    """The routing of the stage two that a mixture comes from, where it is not the one that it has in use.
+
+    None as well where no run is around the mixture: nothing else says how it was trained.
+    """
+    path = folder.parent / RUN_FILE
+    try:
+        stage2 = parse_yaml(read_text(path, "configuration"), str(path)).value["stage2"]
+        trained, apart, enabled = (stage2[key] for key in ("routing", "inference_routing", "enabled"))
+        Stage2Config(routing=trained, inference_routing=apart)
+    except (UserError, KeyError, TypeError, ValidationError):
+        return None
+    return str(trained) if enabled and apart == used != trained else None
 
 
 def check_mixture(loaded: LoadedRecipe) -> None:

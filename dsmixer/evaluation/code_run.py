@@ -26,6 +26,8 @@ RUNNER = Path(__file__).with_name("code_runner.py")
 PASSED = "passed"
 MIB = 1 << 20
 REPORT_BYTES = 1 << 16
+LOOK_SECONDS = 0.02
+"""Between two looks whether a process has ended."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
         limits: None: the defaults.
 
     Raises:
-        RunError: no process could be started, which is not the program's fault.
+        RunError: no process could be started or watched, which is not the program's fault.
     """
     limits = limits or Limits()
     token, began = secrets.token_hex(16), time.monotonic()
@@ -125,27 +127,47 @@ class _Watched:
 def _watched(process: subprocess.Popen[bytes], pipes: dict[IO[bytes], int], deadline: float) -> _Watched:
     """Read the pipes, each up to so many bytes, until the process ends or its time is over; end its group."""
     kept = {pipe: bytearray() for pipe in pipes}
-    exit_handle = os.pidfd_open(process.pid)
-    ended = False
-    with selectors.DefaultSelector() as selector:
-        for pipe in pipes:
-            os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe, selectors.EVENT_READ)
-        selector.register(exit_handle, selectors.EVENT_READ)
-        try:
-            while not ended and (left := deadline - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    if key.fileobj == exit_handle:
-                        ended = True
-                    elif not _read(key.fileobj, kept, pipes):  # its end: nobody holds the other one
-                        selector.unregister(key.fileobj)
-        finally:
-            os.close(exit_handle)
-            _end_group(process)
+    try:
+        ended = _read_until(process, kept, pipes, deadline)
+    except OSError as error:
+        raise RunError(f"the process of a generated program can't be watched: {error}") from error
+    finally:
+        _end_group(process)
     for pipe in pipes:  # what is in the pipe at the end, whoever else holds it open
         while len(kept[pipe]) < pipes[pipe] and _read(pipe, kept, pipes):
             pass
     return _Watched(ended, {pipe: bytes(text) for pipe, text in kept.items()})
+
+
+def _read_until(
+    process: subprocess.Popen[bytes],
+    kept: dict[IO[bytes], bytearray],
+    bounds: dict[IO[bytes], int],
+    deadline: float,
+) -> bool:
+    """Read the pipes until the process has ended or its time is over; whether it has.
+
+    It asks now and then: a descriptor that tells (``pidfd_open``) is not to be had before Linux 5.3, nor
+    where a machine runs out of descriptors.
+    """
+    with selectors.DefaultSelector() as selector:
+        for pipe in kept:
+            os.set_blocking(pipe.fileno(), False)
+            selector.register(pipe, selectors.EVENT_READ)
+        while not (ended := _has_ended(process)) and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(min(left, LOOK_SECONDS)):
+                if not _read(key.fileobj, kept, bounds):  # its end: nobody holds the other one
+                    selector.unregister(key.fileobj)
+    return ended
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Without reaping it: its number stays its own until its group has been ended."""
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    try:
+        return os.waitid(os.P_PID, process.pid, look) is not None
+    except ChildProcessError:  # reaped already, where the signal of a child's end is ignored
+        return True
 
 
 def _read(pipe: Any, kept: dict[IO[bytes], bytearray], bounds: dict[IO[bytes], int]) -> bool:

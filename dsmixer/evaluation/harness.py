@@ -86,7 +86,7 @@ def _results(
 
     try:
         results: dict[str, Any] | None = simple_evaluate(
-            model=LiveModel(model, tokenizer, batch_size),
+            model=LiveModel(model, tokenizer, batch_size, tasks.programs),
             tasks=list(tasks.built),
             task_manager=tasks.manager,
             num_fewshot=num_fewshot,

@@ -18,11 +18,18 @@ from typing import Any
 from datasets import Dataset
 
 from dsmixer.config.errors import UserError
+from dsmixer.data.forms import parse_record
+from dsmixer.data.records import checked_text, field_error
 
 DATA_VARIABLE = "DSMIXER_TASK_DATA"
 """The environment variable that names the folder of the benchmarks."""
 
 TEXT_FIELDS = ("prompt", "completion")
+KINDS = {
+    **dict.fromkeys(("test", "entry_point", "test_setup_code"), "text"),
+    "test_list": "texts",
+}
+"""What other fields of the tasks here hold."""
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 FINAL_MARK = "####"
 
@@ -66,6 +73,10 @@ def _records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     except OSError as error:
         fix = f"check {DATA_VARIABLE}: a folder with a folder a benchmark, and in that test.jsonl"
         raise UserError(f"can't be read: {error.strerror}", where=str(path), fix=fix) from error
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        fix = "save the file as UTF-8"
+        raise UserError(f"not UTF-8: {error.reason}", where=f"{path}:{line}", fix=fix) from error
     found = [
         _record(line, f"{path}:{number}", fields) for number, line in enumerate(lines, 1) if line.strip()
     ]
@@ -84,15 +95,22 @@ def _record(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
     missing = [name for name in fields if record.get(name) is None]
     if missing:
         raise UserError(f"no {', '.join(missing)}", where=where, fix=f"give each record {', '.join(fields)}")
-    texts = [record[name] for name in TEXT_FIELDS]
-    if "choices" in fields:
-        texts += record["choices"] if isinstance(record["choices"], list) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError("prompt, completion and choices have to be texts", where=where, fix="write them so")
-    if "answer" in fields and record["answer"] not in range(len(record["choices"])):
-        problem = f"answer {record['answer']!r} is no place in {len(record['choices'])} choices"
-        raise UserError(problem, where=where, fix="write the place of the right choice, from 0")
-    return record
+    choice = {"choices", "answer"} <= set(fields)
+    example = parse_record(record, "multiple_choice" if choice else "prompt_completion", where)
+    for name in fields:
+        _check_kind(record[name], KINDS.get(name), where, name)
+    # an answer may stand there as a letter or a text; lm-eval takes its place alone
+    return {**record, "choices": list(example.choices or ()), "answer": example.answer} if choice else record
+
+
+def _check_kind(value: Any, kind: str | None, where: str, name: str) -> None:
+    if kind == "text":
+        checked_text(value, where, name)
+    elif kind == "texts":
+        if not isinstance(value, list):
+            raise field_error(where, name, f"expected a list, found {value!r:.60}", "write a list of texts")
+        for place, text in enumerate(value):
+            checked_text(text, where, f"{name}[{place}]")
 
 
 def final_number(text: str) -> Decimal | None:

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from dsmixer.config.errors import RunError, UserError
 from dsmixer.config.explain import nearest_key
+from dsmixer.config.extras import how_to_install
+from dsmixer.evaluation.harness_ranks import digest_of, read_alike
 from dsmixer.evaluation.sharing import world
 
 OWN_TASKS = Path(__file__).with_name("tasks")
@@ -30,12 +32,17 @@ class Tasks:
     Attributes:
         built: tasks and groups as lm-eval takes them.
         manager: lm-eval's index that they come from.
-        run_code: whether some of them run generated programs, and may.
+        programs: names of those that run generated programs, and may.
     """
 
     built: tuple[Any, ...]
     manager: Any
-    run_code: bool
+    programs: frozenset[str]
+
+    @property
+    def run_code(self) -> bool:
+        """Whether some of them run generated programs."""
+        return bool(self.programs)
 
 
 def read_tasks(
@@ -47,7 +54,7 @@ def read_tasks(
     run_generated_code: bool = False,
     code_fix: str = "add --run-generated-code",
 ) -> Tasks:
-    """Find tasks and read their records, which needs no model.
+    """Find tasks and read their records, which needs no model; in a run a collective of its ranks.
 
     Args:
         names: of tasks, groups or tags of lm-eval, patterns such as ``mmlu_*``, or ``dsmixer_NAME``.
@@ -58,12 +65,20 @@ def read_tasks(
         code_fix: what to do where they may not, and would.
 
     Raises:
-        UserError: lm-eval is not installed, a name is not known, the records can't be read or are too few, or
-            a task would run generated programs.
+        UserError: lm-eval is not installed, a name is not known, the records can't be read or are too few, a
+            task would run generated programs, or the ranks have other records. On every rank.
     """
-    require_lm_eval(where)
-    with quietly():
+
+    def read() -> Tasks:
+        require_lm_eval(where)
         return _read(names, where, include_path, num_fewshot, run_generated_code, code_fix)
+
+    with quietly():
+        return read_alike(read, _digest, where)
+
+
+def _digest(tasks: Tasks) -> str:
+    return " ".join(f"{task.task_name}:{digest_of(task.eval_docs)}" for task in _leaves(tasks.built))
 
 
 def _read(
@@ -81,12 +96,13 @@ def _read(
     unsafe = list(dict.fromkeys(name for top in wanted for name in _unsafe(manager, top)))
     _check_code(manager, unsafe, where, run_generated_code, code_fix)
     built = [one for name in dict.fromkeys(wanted) for one in _built(manager, name, where)]
-    for task in _leaves(built):
-        if getattr(task, "UNSAFE_CODE", False) and task.task_name not in unsafe:
-            problem = f"{task.task_name} runs generated programs, and a group or a class hides its file"
-            raise UserError(problem, where=where, fix="leave it out, or run lm_eval itself")
+    leaves = list(_leaves(built))
+    for task in leaves:
+        if getattr(task, "UNSAFE_CODE", False):
+            _check_limits(task, unsafe, where)
         _check_fewshot(task, num_fewshot, where)
-    return Tasks(tuple(built), manager, bool(unsafe))
+    programs = frozenset(task.task_name for task in leaves if getattr(task, "UNSAFE_CODE", False))
+    return Tasks(tuple(built), manager, programs)
 
 
 @contextlib.contextmanager
@@ -119,7 +135,7 @@ def require_lm_eval(where: str) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         problem = "tasks are run by lm-evaluation-harness, which is not installed"
-        raise UserError(problem, where=where, fix="pip install 'dsmixer[eval]'")
+        raise UserError(problem, where=where, fix=how_to_install("eval"))
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
@@ -175,6 +191,22 @@ def _check_code(manager: Any, unsafe: Sequence[str], where: str, allowed: bool, 
             )
         if not allowed:
             raise UserError(f"{name} runs the programs that the model writes", where=where, fix=fix)
+
+
+def _check_limits(task: Any, known: Sequence[str], where: str) -> None:
+    """A task that runs programs was seen to before it was read, and hands them to the runner here."""
+    from dsmixer.evaluation.code_tasks import runs_by_limits
+
+    if task.task_name not in known:
+        problem = f"{task.task_name} runs generated programs, and a group or a class hides its file"
+        raise UserError(problem, where=where, fix="leave it out, or run lm_eval itself")
+    if not runs_by_limits(task.get_config("filter_list")):
+        raise UserError(
+            f"{task.task_name} runs generated programs in its own way, which has none of the limits here",
+            where=where,
+            fix="let each filter in its file be a dsmixer.evaluation.code_tasks.Programs "
+            "(docs/evaluation.md), or run lm_eval itself",
+        )
 
 
 def _built(manager: Any, name: str, where: str) -> list[Any]:

@@ -73,7 +73,7 @@ class Probe:
         sheet: the rows; of examples with choices the right one counts.
         batch_size: rows a pass.
         pad_token_id: fills rows.
-        tick: called after each pass.
+        tick: called after each batch.
     """
 
     model: nn.Module
@@ -85,6 +85,11 @@ class Probe:
     @property
     def mixture(self) -> Mixture:
         return mixture_of(self.model)
+
+    @property
+    def num_batches(self) -> int:
+        """Of one pass over the rows; ``tick`` is called after each."""
+        return math.ceil(len(self.rows) / self.batch_size)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -197,9 +202,19 @@ methods: Mapping[str, Callable[[Probe, Units], dict[str, float]]] = {
 DEFAULT = next(iter(methods))
 
 
+def num_passes(method: str, num_units: int) -> int:
+    """Passes over the rows that a score takes."""
+    return {"path": NODES, "ablation": num_units + 1}.get(method, 1)
+
+
 def ranking(scores: Mapping[str, float]) -> list[str]:
     """Units from the most worth on; of equal ones the model's first."""
     return sorted(scores, key=lambda name: -scores[name])
+
+
+def most_tries(num_units: int) -> int:
+    """Passes over the rows that ``fewest`` takes at most."""
+    return 1 + (num_units + 1).bit_length()
 
 
 def fewest(probe: Probe, units: Units, order: Sequence[str], max_rise: float) -> tuple[list[str], float]:

@@ -126,6 +126,26 @@ def test_lm_evals_acc_is_the_accuracy_of_our_own_scoring(
     assert found["majority", "accuracy"] == theirs["majority", "acc"]
 
 
+@pytest.mark.parametrize("name", ["stories260K", "llama2xs-279K", "english-7m"])
+def test_a_programs_rest_is_decoded_as_it_is_behind_its_head_by_real_tokenizers(name: str) -> None:
+    """The first two drop the first blank of what they decode; the third does not."""
+    from dsmixer.evaluation.harness_model import LiveModel
+
+    folder = SHARED / "models" / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    live, dropped = LiveModel(model, tokenizer, 1), 0
+    for record in benchmark("humaneval", data_folder=str(SHARED / "data"))["test"].select(range(12)):
+        head = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
+        whole = tokenizer(record["prompt"] + record["completion"], add_special_tokens=False)["input_ids"]
+        if whole[: len(head)] == head:
+            rest = whole[len(head) :]
+            behind = tokenizer.decode(whole).removeprefix(tokenizer.decode(head))
+            assert live.continuation(rest) == behind and behind.startswith(" ")
+            dropped += tokenizer.decode(rest) != behind
+    assert (dropped > 0) == (name != "english-7m")
+
+
 @pytest.mark.parametrize(("name", "verdicts"), [("humaneval", humaneval_verdicts), ("mbpp", mbpp_verdicts)])
 def test_reference_solutions_pass_and_the_next_ones_solution_does_not(name: str, verdicts: Any) -> None:
     records = list(benchmark(name, data_folder=str(SHARED / "data"))["test"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,82 @@ def test_scores_are_kept_in_a_file_and_used_again_without_rows(prune, tmp_path):
         code, text = prune("--keep", 1, *again, "--out", tmp_path / "c", data=False, mixture=other)
         assert code == 2 and "of another mixture" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "scores.json"]
+
+
+def test_rows_that_are_given_beside_known_scores_are_used_for_the_loss_and_told_apart(
+    prune, tmp_path, site, capsys
+):
+    file, words = tmp_path / "scores.json", ("--keep", 1, "--score=size", "--json", "--scores")
+    code, text = prune(*words, file, "--out", tmp_path / "a")
+    first = json.loads(text)
+    assert code == 0 and first["losses"]["num_examples"] == 11 and first["losses"]["as_scored"] is True
+    # the same command, for another folder: the same scores, rows and losses, and the loss is measured again
+    code, text = prune(*words, file, "--out", tmp_path / "b")
+    again = json.loads(text)
+    assert code == 0 and again["losses"] == first["losses"] and again["scores"] == first["scores"]
+    # other rows: their loss is that which `evaluate` has on them, and nobody says that the scores are of them
+    code, text = prune(*words, file, "--max-examples", 2, "--out", tmp_path / "c")
+    other = json.loads(text)
+    assert code == 0 and other["scores"] == first["scores"] and other["num_examples"] == 11
+    assert other["losses"]["num_examples"] == 4 and other["losses"]["as_scored"] is False
+    rows = [f"--data={name}={site / 'data' / name}.jsonl" for name in ("sums", "words")]
+    flags = ["--no-exact-match", "--json", "--device=cpu", "--max-examples=2"]
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "c"), *rows, *flags]) == 0
+    scored = json.loads(capsys.readouterr().out)["rows"]
+    losses = [r["value"] for r in scored if r["method"] == "mixture" and r["metric"] == "loss"]
+    assert sum(losses) / 2 == pytest.approx(other["losses"]["pruned"], rel=1e-6)
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "on 11 held-out examples; loss on 4 examples, which are not those of the scores" in card
+    assert "held-out examples; loss on the rows of the scores" in (tmp_path / "b" / "README.md").read_text()
+    # scores of an earlier version do not say on which rows they were made
+    told = json.loads(file.read_text())
+    del told["rows"]
+    file.write_text(json.dumps(told))
+    code, text = prune(*words, file, "--out", tmp_path / "d")
+    assert code == 0 and json.loads(text)["losses"]["as_scored"] is None
+    # a flag of the data without data is not passed over
+    code, text = prune(*words, file, "--max-length", 32, "--out", tmp_path / "e", data=False)
+    assert code == 2 and "--data NAME=PATH" in text
+
+
+def test_a_score_that_is_not_finite_or_no_number_is_refused_with_its_file_and_layer(prune, tmp_path):
+    file, words = tmp_path / "scores.json", ("--keep", 1, "--score=size", "--scores")
+    code, _ = prune(*words, file, "--out", tmp_path / "a")
+    told = json.loads(file.read_text())
+    told["units"][LAYERS[1]] = "HERE"
+    bad = {"NaN": "is nan", "-Infinity": "is -inf", f"1{'0' * 400}": "is inf"}
+    for value, reason in {**bad, '"7"': "is no number", "true": "is no number"}.items():
+        file.write_text(json.dumps(told).replace('"HERE"', value))
+        code, text = prune(*words, file, "--out", tmp_path / "b", data=False)
+        named = f"{file}: the score of {LAYERS[1]} " if value in bad else f"{file}: holds no scores"
+        assert code == 2 and named in text and reason in text, value
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("score", ["size", "ablation"])
+def test_scores_of_a_mixture_that_has_lost_its_numbers_are_not_kept(score, prune, site, tmp_path):
+    """Its base puts out what is no number from the second layer on."""
+    broken = AutoModelForCausalLM.from_pretrained(site / "base", dtype=torch.float32)
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    words = ("--keep", 1, "--score", score, "--base-model", tmp_path / "broken")
+    code, text = prune(*words, "--scores", tmp_path / "bad.json", "--out", tmp_path / "b")
+    assert code == 2 and re.search(rf"the score of {LAYERS[score == 'size']} is (nan|inf)", text)
+    assert not (tmp_path / "bad.json").exists() and not (tmp_path / "b").exists()
+
+
+def test_it_is_told_what_is_done_and_how_much_of_it(site, tmp_path, capsys):
+    """Of two layers by ablation 3 passes; 11 rows in batches of 4 are 3 batches."""
+    rows = [f"--data={name}={site / 'data' / name}.jsonl" for name in ("sums", "words")]
+    words = ["--max-loss-rise=0.01", "--score=ablation", "--batch-size=4", "--device=cpu"]
+    assert main(["prune", str(site / "run"), *words, *rows, "--out", str(tmp_path / "less")]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert "scoring 2 layers by ablation on 11 examples: 9 batches" in told
+    assert "measuring the loss: 9 batches" in told
+    (tries,) = [line for line in told if line.startswith("finding how many layers it takes: ")]
+    assert int(tries.split()[-2]) >= 9, "with all, with one and with none"
 
 
 def test_as_few_as_keep_the_loss_within_a_rise(prune, tmp_path):

@@ -70,6 +70,52 @@ def test_what_stage_two_says_itself_stands(load: Load, mixture: Path) -> None:
     assert loaded.recipe.mixer.dropout == 0.0
 
 
+def beside(mixture: Path, published: str, trained: str, used: str, enabled: str = "true") -> None:
+    """A description that routes as ``published``, and the configuration of the run around it."""
+    description = mixture / "mixture" / "mixer_config.json"
+    changed = json.loads(description.read_text())
+    changed["mixer"]["routing"] = published
+    description.write_text(json.dumps(changed))
+    stage2 = f"{{enabled: {enabled}, routing: {trained}, inference_routing: {used}}}"
+    (mixture / "config.yaml").write_text(f"stage2: {stage2}\n")
+
+
+@pytest.mark.parametrize(
+    ("run", "more", "trains", "uses"),
+    [
+        # the mixture goes on as its run had it, whoever writes the first key again or does not
+        (("topk", "soft", "topk"), "", "soft", "topk"),
+        (("topk", "soft", "topk"), "stage2: {routing: soft}", "soft", "topk"),
+        (("top_p", "topk", "top_p"), "", "topk", "top_p"),
+        (("topk", "soft", "topk"), "stage2: {inference_routing: top_p}", "soft", "top_p"),
+        # what is written stands
+        (("topk", "soft", "topk"), "stage2: {routing: hard_soft}", "hard_soft", None),
+        (("topk", "soft", "topk"), "stage2: {routing: soft, inference_routing: null}", "soft", None),
+        # one key served both, the run trained no router, or its configuration is of another mixture
+        (("soft", "soft", "null"), "", "soft", None),
+        (("topk", "soft", "topk", "false"), "", "topk", None),
+        (("hard_soft", "soft", "topk"), "", "hard_soft", None),
+        (("topk", "sofft", "topk"), "", "topk", None),
+    ],
+)
+def test_a_mixture_routes_in_use_as_it_was_published_and_trains_as_it_was_trained(
+    load: Load, mixture: Path, run: tuple[str, ...], more: str, trains: str, uses: str | None
+) -> None:
+    beside(mixture, *run)
+    for folder in (mixture, mixture / "mixture"):
+        stage2 = load(written(folder, more)).recipe.stage2
+        assert (stage2.routing, stage2.inference_routing) == (trains, uses)
+
+
+def test_a_mixture_away_from_its_run_trains_as_it_routes_in_use(
+    load: Load, mixture: Path, tmp_path: Path
+) -> None:
+    beside(mixture, "topk", "soft", "topk")
+    alone = (mixture / "mixture").rename(tmp_path / "alone")
+    stage2 = load(written(alone)).recipe.stage2
+    assert (stage2.routing, stage2.inference_routing) == ("topk", None)
+
+
 def test_the_resolved_configuration_says_it_all_and_is_read_where_the_mixture_is_gone(
     load: Load, mixture: Path, tmp_path: Path
 ) -> None:

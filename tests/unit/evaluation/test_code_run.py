@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dsmixer.config.errors import RunError
@@ -118,3 +120,26 @@ def test_a_machine_that_can_not_start_the_process_is_not_the_programs_fault(monk
     monkeypatch.setattr(code_run, "RUNNER", tmp_path / "missing.py")
     with pytest.raises(RunError, match="ended before it began"):
         run_program("pass")
+
+
+def test_a_kernel_that_can_not_tell_when_a_process_ends_is_no_hindrance(monkeypatch) -> None:
+    """``pidfd_open`` came with Linux 5.3."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert run_program("pass").verdict == PASSED
+
+
+def test_a_program_that_can_not_be_watched_is_ended_and_not_to_blame(monkeypatch) -> None:
+    """As where the process has no descriptor left."""
+
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = {child.pid for child in psutil.Process().children()}
+    monkeypatch.setattr(code_run.selectors, "DefaultSelector", refuse)
+    with pytest.raises(RunError, match="can't be watched: .*Too many open files"):
+        run_program("while True: pass")
+    assert {child.pid for child in psutil.Process().children()} <= before

@@ -212,7 +212,7 @@ def test_a_missing_lm_eval_and_a_missing_folder_are_told(monkeypatch) -> None:
     with pytest.raises(UserError, match=rf"environment: {DATA_VARIABLE}.*(?s:.*)arc_easy/test.jsonl"):
         read_tasks(["dsmixer_arc_easy"], where="--tasks")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"dsmixer\[eval\]"):
+    with pytest.raises(UserError, match=r"-c constraints\.txt --no-build-isolation -e '\.\[eval\]'"):
         read_tasks(["dsmixer_arc_easy"], where="--tasks")
 
 
@@ -261,19 +261,60 @@ def test_every_task_file_reads_its_folder(data, tmp_path, monkeypatch) -> None:
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
         ('{"prompt": "p", "completion": "c", "answer": 0}', "no choices"),
-        ('{"prompt": "p", "completion": "c", "choices": "c", "answer": 0}', "have to be texts"),
+        ('{"prompt": "p", "completion": "c", "choices": "c", "answer": 0}', "choices: expected a list"),
+        ('{"prompt": "p", "completion": "c", "choices": [], "answer": 0}', "choices: the list is empty"),
+        ('{"prompt": "p", "completion": "c", "choices": ["c"], "answer": 0}', "expected two or more texts"),
+        ('{"prompt": "p", "completion": "c", "choices": ["c", ""], "answer": 0}', "none of them empty"),
+        ('{"prompt": "p", "completion": "c", "choices": ["c", "d"], "answer": 2}', "2 is none of 2 choices"),
+        ('{"prompt": "p", "completion": "c", "choices": ["d", "c"], "answer": true}', "True is none of 2"),
+        ('{"prompt": "p", "completion": "c", "choices": ["c", "d"], "answer": "e"}', "'e' is none of 2"),
+        ('{"prompt": "p", "completion": "c", "choices": ["c", "d"], "answer": [0]}', "is none of 2 choices"),
         (
-            '{"prompt": "p", "completion": "c", "choices": ["c"], "answer": 1}',
-            "answer 1 is no place in 1 choices",
+            '{"prompt": "p", "completion": "c", "choices": ["c", "d"], "answer": 1}',
+            "the completion is 'c', but",
         ),
+        (
+            '{"prompt": "p", "completion": "c", "choices": ["c", 7], "answer": 0}',
+            r"choices\[1\]: expected text",
+        ),
+        ('{"prompt": 7, "completion": "c", "choices": ["c", "d"], "answer": 0}', "prompt: expected text"),
     ],
 )
 def test_bad_records_are_told_by_line(line, told, tmp_path) -> None:
-    good = '{"prompt": "p", "completion": "c", "choices": ["c"], "answer": 0}\n'
+    good = '{"prompt": "p", "completion": "c", "choices": ["c", "d"], "answer": 0}\n'
     (tmp_path / "cola").mkdir()
     (tmp_path / "cola" / "test.jsonl").write_text(good + line + "\n")
     with pytest.raises(UserError, match=rf"test\.jsonl:2: .*{told}"):
         benchmark("cola", fields=("choices", "answer"), data_folder=str(tmp_path))
+
+
+def test_an_answer_that_is_a_letter_or_a_text_is_its_choices_place(tmp_path) -> None:
+    record = {"prompt": "p", "completion": "d", "choices": ["c", "d"]}
+    lines(tmp_path / "cola" / "test.jsonl", [{**record, "answer": answer} for answer in (1, 1.0, "B", "d")])
+    read = benchmark("cola", fields=("choices", "answer"), data_folder=str(tmp_path))["test"]
+    assert read["answer"] == [1, 1, 1, 1] and [type(one) for one in read["answer"]] == [int] * 4
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"test_list": "assert two() == 2", "test_setup_code": ""}, "test_list: expected a list"),
+        ({"test_list": ["assert True", 1], "test_setup_code": ""}, r"test_list\[1\]: expected text"),
+        ({"test_list": ["assert True"], "test_setup_code": []}, "test_setup_code: expected text"),
+    ],
+)
+def test_tests_of_a_program_that_are_none_are_told_and_not_scored_as_failed(record, told, tmp_path) -> None:
+    lines(tmp_path / "mbpp" / "test.jsonl", [{"prompt": "p", "completion": "c", **record}])
+    with pytest.raises(UserError, match=rf"test\.jsonl:1: {told}"):
+        benchmark("mbpp", fields=("test_setup_code", "test_list"), data_folder=str(tmp_path))
+
+
+def test_a_file_in_another_encoding_is_told_by_line(tmp_path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    record = '{"prompt": "p", "completion": "c"}\n{"prompt": "gr\u00fcn", "completion": "c"}'
+    (tmp_path / "gsm8k" / "test.jsonl").write_bytes(record.encode("latin-1"))
+    with pytest.raises(UserError, match=r"test\.jsonl:2: not UTF-8"):
+        benchmark("gsm8k", data_folder=str(tmp_path))
 
 
 @pytest.mark.parametrize(
