@@ -17,6 +17,9 @@ from dsmixer.config.errors import UserError
 from dsmixer.config.recipe import load_recipe
 from dsmixer.training.telling import let_go, tell_problem
 
+PROFILED = 20
+"""Steps that are profiled where no number is given."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the main job, with those that DeepSpeed's launcher appends."""
@@ -42,11 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on although the recipe changes the mathematics of the run in its folder",
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=_steps,
+        const=PROFILED,
+        default=0,
+        metavar="STEPS",
+        help="say where the time of a step goes, in a table and in profile.json of the run folder, from this "
+        f"many steps of each stage ({PROFILED}) after the first few; the run is the same",
+    )
+    parser.add_argument(
+        "--profile-trace",
+        action="store_true",
+        help="profile, and write a trace of two more steps, for Perfetto or chrome://tracing",
+    )
     parser.add_argument("--local_rank", type=int, default=None, help="set by DeepSpeed's launcher")
     parser.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's launcher")
     parser.add_argument(
         "--deepspeed_config", default=None, metavar="FILE", help="a DeepSpeed JSON file, as of ds_configs/"
     )
+
+
+def _steps(text: str) -> int:
+    """A number of steps, from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of steps; section.key=value stands before --profile, or write "
+            f"--profile={PROFILED}"
+        )
+    return int(text)
 
 
 def add_parser(commands: Any) -> None:
@@ -79,11 +107,14 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, loaded: Any) -> int:
     from dsmixer.training.health import Stopped
     from dsmixer.training.leaving import FAILED, SAID, STOPPED
+    from dsmixer.training.profile.steps import ProfileRequest
     from dsmixer.training.run import RunRequest, train
 
     stages = (1, 2) if args.stages == "both" else (int(args.stages),)
     try:
-        train(RunRequest(loaded, stages, args.deepspeed_config, args.start_from, args.allow_changes))
+        steps = args.profile or (PROFILED if args.profile_trace else 0)
+        profile = ProfileRequest(steps, args.profile_trace)
+        train(RunRequest(loaded, stages, args.deepspeed_config, args.start_from, args.allow_changes, profile))
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             tell_problem(f"{stopped}; run the same command again to go on")

@@ -8,11 +8,12 @@ tests over the ZeRO stages hold it to the pinned version.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.zero import register_external_parameter
 from deepspeed.utils import groups as deepspeed_groups
@@ -144,6 +145,34 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+)
+"""Of tensors, by their names in torch and in what DeepSpeed calls instead."""
+
+
+def transfers(engine: Any) -> Iterator[tuple[Any, str]]:
+    """Owner and name of the functions that move weights and gradients between ranks, with DeepSpeed's copies
+    to and from its buffers: for a profile."""
+    yield engine, "_backward_epilogue"
+    zero = engine.optimizer
+    owners = [(zero, "reduce_ready_partitions_and_remove_grads"), (dist.Work, "wait")]
+    if zero_stage(engine) == 3:
+        coordinator = zero.parameter_offload.get_param_coordinator()
+        owners += [(coordinator, "fetch_sub_module"), (coordinator, "release_sub_module")]
+    owners += [(owner, name) for owner in (dist, deepspeed_comm.cdb) for name in COLLECTIVES]
+    yield from ((owner, name) for owner, name in owners if hasattr(owner, name))
 
 
 def unpartitioned(parameter: nn.Parameter) -> torch.Tensor:

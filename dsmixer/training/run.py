@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dsmixer.adapters.importing import Pool, base_mismatches, parts_left_out
@@ -31,6 +31,7 @@ from dsmixer.training.nonfinite import nonfinite_policy
 from dsmixer.training.placing import place_experts, plan_run, settle_weights
 from dsmixer.training.planning import first_stage
 from dsmixer.training.preflight import check_stage_order, read_inputs
+from dsmixer.training.profile.steps import ProfileRequest
 from dsmixer.training.pulse import Pulse
 from dsmixer.training.ranks import check_ranks, check_shared_folder
 from dsmixer.training.resume import (
@@ -64,6 +65,7 @@ class RunRequest:
         ds_path: a DeepSpeed JSON file from the command line.
         start_from: the checkpoint to go on from, by step or path; None: the newest.
         allow_changes: whether a run may go on with other mathematics than before.
+        profile: the steps of each stage to profile.
     """
 
     loaded: LoadedRecipe
@@ -71,6 +73,7 @@ class RunRequest:
     ds_path: str | None = None
     start_from: str | None = None
     allow_changes: bool = False
+    profile: ProfileRequest = field(default_factory=ProfileRequest)
 
 
 def train(request: RunRequest) -> None:
@@ -128,6 +131,7 @@ def _train(
         pulse.enter("setting up")
         state, base, stage_tokens = _set_up(request, taken, checkpoints, stop_request, lock)
         state.pulse, state.nonfinite = pulse, nonfinite_policy(recipe.health, checkpoints)
+        state.profile = request.profile
         pulse.begun = True
         engine = None
         for number in _stages_left(state, stages, stage_tokens):

@@ -12,6 +12,7 @@ from dsmixer.training.data import RunData
 from dsmixer.training.health import StopRequest
 from dsmixer.training.lock import RunLock
 from dsmixer.training.nonfinite import NonFinitePolicy
+from dsmixer.training.profile.steps import ProfileRequest
 from dsmixer.training.pulse import Pulse
 from dsmixer.training.resume import TakeUp
 from dsmixer.training.run_folder import RunFolder
@@ -35,6 +36,7 @@ class RunState:
     lock: RunLock | None = None
     pulse: Pulse = field(default_factory=Pulse)
     nonfinite: NonFinitePolicy = field(default_factory=NonFinitePolicy)
+    profile: ProfileRequest = field(default_factory=ProfileRequest)
 
     @property
     def folder(self) -> RunFolder:

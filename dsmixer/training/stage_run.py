@@ -24,6 +24,8 @@ from dsmixer.training.health import Stopped
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.moments import Keep
 from dsmixer.training.optimizer import AdamSettings
+from dsmixer.training.profile.clock import SAVING
+from dsmixer.training.profile.steps import StageProfile
 from dsmixer.training.progress import Progress
 from dsmixer.training.run_state import RunState
 from dsmixer.training.saving import (
@@ -177,22 +179,26 @@ class _StageLog:
         mixture.model.train()
         health, routers = self.state.loaded.recipe.health, list(mixture.routers)
         symptoms = Symptoms(health, mixture.expert_names, routers)
+        saves = (self, "_save", SAVING)
+        profile = StageProfile(self.state.profile, loop, start, self.state.folder.path, saves)
         with (
             self.state.pulse.inside(self.stage.number),
             mixture.context.routed(self.stage.routing),
             self._progress(start) as progress,
         ):
-            with open_logs(self.state, self.stage, start) as logs:
+            with open_logs(self.state, self.stage, start) as logs, profile:
                 for step in range(start, self.stage.num_steps):
-                    report = loop.run_step(step)
-                    logs.write(report)
-                    for text in symptoms.look(report) if self.state.world.rank == 0 else ():
-                        self.state.warn(text)
-                    rate = report.tokens / report.seconds
-                    progress.update(report.step, loss=report.loss, tokens_per_second=rate)
-                    self._save_where_due(loop, report, logs)
+                    with profile.step(step):
+                        report = loop.run_step(step)
+                        logs.write(report)
+                        for text in symptoms.look(report) if self.state.world.rank == 0 else ():
+                            self.state.warn(text)
+                        rate = report.tokens / report.seconds
+                        progress.update(report.step, loss=report.loss, tokens_per_second=rate)
+                        self._save_where_due(loop, report, logs)
         mixture.context.clear()
         mixture.model.eval()
+        profile.show()
 
     def _progress(self, start: int) -> Progress:
         return Progress(
