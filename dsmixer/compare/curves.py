@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,10 +12,9 @@ from dsmixer.compare.gather import read_json
 from dsmixer.compare.measures import metrics_rows
 from dsmixer.compare.plan import Cell, Plan
 from dsmixer.compare.state import state_of
+from dsmixer.config.outline import layer_name, short_layer_name
 
 Curve = dict[str, Any]
-LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-SIDE = re.compile(r"(encoder|decoder)\.")
 
 
 def curves_of(plan: Plan) -> dict[str, dict[str, Curve]]:
@@ -74,18 +72,12 @@ def _entropy(folders: Sequence[Path]) -> Curve:
         return {}
     layers: dict[str, list[int]] = {}
     for index, router in enumerate(routings[0]["routers"]):
-        layers.setdefault(layer_of(router), []).append(index)
+        layers.setdefault(short_layer_name(layer_name(router)), []).append(index)
     values = [
         _mean(routing["entropy"][index] for routing in routings for index in indices)
         for indices in layers.values()
     ]
     return {"layers": list(layers), "values": values, "limit": routings[0]["summary"]["ln_experts"]}
-
-
-def layer_of(router: str) -> str:
-    """The layer of a router by the first number in its module path, with its side in an encoder-decoder."""
-    found, side = LAYER.search(router), SIDE.match(router)
-    return f"{side.group(1) + ' ' if side else ''}{found.group(1)}" if found else router
 
 
 def _losses(folders: Sequence[Path]) -> Curve:

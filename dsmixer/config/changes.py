@@ -20,6 +20,7 @@ LAYOUT = (
     "run.dir",
     "run.log_every",
     "run.tensorboard",
+    "run.wandb",
     "run.license",
     "base.attention",
     "base.activation_checkpointing",

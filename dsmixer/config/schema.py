@@ -59,6 +59,9 @@ class RunConfig(Section):
     )
     log_every: int = Field(default=1, ge=1, description="optimizer steps between two lines of metrics.jsonl")
     tensorboard: bool = Field(default=True, description="whether TensorBoard files are written")
+    wandb: Text | None = Field(
+        default=None, description="project of Weights & Biases that gets the metrics too; null: none"
+    )
     license: LicenseName | None = Field(
         default=None, description="license in the model card, as the hub names it; null: other"
     )

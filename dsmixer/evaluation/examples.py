@@ -15,6 +15,7 @@ import torch
 
 from dsmixer.checkpoint import atomic
 from dsmixer.config.errors import RefusedError
+from dsmixer.config.outline import evenly, layer_name
 from dsmixer.data.collate import MicroBatch
 from dsmixer.evaluation.pieces import pieces
 from dsmixer.evaluation.sharing import summed
@@ -59,7 +60,7 @@ class Excerpt:
 def excerpts_of(sheet: Sheet) -> list[Excerpt]:
     """Of each domain the first texts that fit, then the first of the longer ones."""
     found = []
-    for domain in _evenly(len(sheet.domains), MAX_DOMAINS):
+    for domain in evenly(len(sheet.domains), MAX_DOMAINS):
         rows = [row for row in sheet.rows([domain]) if sheet.is_target_row[row]]
         longer = [row for row in rows if sheet.store.lengths[row] > MAX_TOKENS]
         fitting = [row for row in rows if sheet.store.lengths[row] <= MAX_TOKENS]
@@ -79,12 +80,6 @@ def _excerpt(sheet: Sheet, domain: int, row: int) -> Excerpt:
     return Excerpt(row, *names, tuple(ids), num_prompt, begin, end, two_sided)
 
 
-def _evenly(count: int, limit: int) -> list[int]:
-    if count <= limit:
-        return list(range(count))
-    return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]
-
-
 @dataclass
 class _Place:
     """Where in a forward pass the tokens of the excerpts are: text x, its token p, the stream's token t."""
@@ -92,6 +87,22 @@ class _Place:
     x: list[int]
     p: list[int]
     t: list[int]
+
+
+class _Sum:
+    """Of one tensor after another, each counted some times."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+        self._times = 0
+
+    def add(self, values: torch.Tensor, times: int) -> None:
+        self._total = times * values if self._total is None else self._total.add_(values, alpha=times)
+        self._times += times
+
+    def mean(self) -> torch.Tensor:
+        assert self._total is not None
+        return self._total / self._times
 
 
 class ExampleWeights:
@@ -113,28 +124,28 @@ class ExampleWeights:
         self._layer_of = [layer_name(path) for path in mixture.routers]
         names = list(dict.fromkeys(self._layer_of))
         self.num_layers = len(names)
-        self.layers = [names[index] for index in _evenly(len(names), MAX_LAYERS)]
+        self.layers = [names[index] for index in evenly(len(names), MAX_LAYERS)]
         self._x_of = {excerpt.row: x for x, excerpt in enumerate(self.excerpts)}
         shape = (len(self.excerpts), MAX_TOKENS)
         kept = (min(HEARD, len(self.experts)), min(HEARD_IN_LAYER, len(self.experts)))
-        self._mean_XPH2 = torch.zeros(*shape, kept[0], 2, dtype=torch.float64)
-        self._layers_XPLH2 = torch.zeros(*shape, len(self.layers), kept[1], 2, dtype=torch.float64)
-        self._entropy_XP = torch.zeros(shape, dtype=torch.float64)
-        self._read_XP = torch.zeros(shape, dtype=torch.float64)
+        self._mean_XPH2 = torch.zeros(*shape, kept[0], 2)
+        self._layers_XPLH2 = torch.zeros(*shape, len(self.layers), kept[1], 2)
+        self._entropy_XP = torch.zeros(shape)
+        self._read_XP = torch.zeros(shape)
         self._places: dict[Stream, _Place] = {}
-        self._sums: dict[tuple[Stream, str | None], torch.Tensor] = {}
-        self._weights: dict[tuple[Stream, str | None], int] = {}
+        self._sums: dict[Stream, _Sum] = {}
+        self._layer_sums: dict[Stream, tuple[str, _Sum]] = {}
 
     @contextmanager
     def watching(self, micro: MicroBatch) -> Iterator[None]:
         """Around the forward pass of some rows."""
-        self._places, self._sums, self._weights = self._placed(micro), {}, {}
+        self._places, self._sums, self._layer_sums = self._placed(micro), {}, {}
         try:
             yield
             for stream, place in self._places.items():
                 self._keep(stream, place)
         finally:
-            self._places = {}
+            self._places, self._sums, self._layer_sums = {}, {}, {}
 
     def _placed(self, micro: MicroBatch) -> dict[Stream, _Place]:
         found: dict[Stream, _Place] = {}
@@ -165,23 +176,29 @@ class ExampleWeights:
             return
         heard_NE = heard_at(output, place.t)
         entropy_N1 = torch.special.entr(output.p_TE[place.t]).sum(1, keepdim=True)
-        values = torch.cat([heard_NE, entropy_N1], dim=1).double().cpu() * self._uses[router]
-        for key in ((stream, None), (stream, self._layer_of[router])):
-            self._sums[key] = values if key not in self._sums else self._sums[key] + values
-            self._weights[key] = self._weights.get(key, 0) + self._uses[router]
+        heard_NE, entropy_N1 = heard_NE.cpu(), entropy_N1.float().cpu()
+        uses, layer = self._uses[router], self._layer_of[router]
+        self._sums.setdefault(stream, _Sum()).add(torch.cat([heard_NE, entropy_N1], dim=1), uses)
+        if stream in self._layer_sums and self._layer_sums[stream][0] != layer:
+            self._keep_layer(stream, place)
+        if layer in self.layers:
+            self._layer_sums.setdefault(stream, (layer, _Sum()))[1].add(heard_NE, uses)
+
+    def _keep_layer(self, stream: Stream, place: _Place) -> None:
+        """Put the loudest of the layer that is through in place of its sums: layers follow each other."""
+        layer, heard = self._layer_sums.pop(stream)
+        loudest = _loudest(heard.mean(), self._layers_XPLH2.shape[3])
+        self._layers_XPLH2[place.x, place.p, self.layers.index(layer)] = loudest
 
     def _keep(self, stream: Stream, place: _Place) -> None:
-        if (stream, None) not in self._sums:
+        if stream not in self._sums:
             return  # no router reads this stream
-        mean_NE = self._sums[stream, None] / self._weights[stream, None]
+        if stream in self._layer_sums:
+            self._keep_layer(stream, place)
+        mean_NE = self._sums[stream].mean()
         self._mean_XPH2[place.x, place.p] = _loudest(mean_NE[:, :-1], self._mean_XPH2.shape[2])
         self._entropy_XP[place.x, place.p] = mean_NE[:, -1]
         self._read_XP[place.x, place.p] = 1
-        for index, layer in enumerate(self.layers):
-            if (stream, layer) in self._sums:
-                layer_NE = self._sums[stream, layer][:, :-1] / self._weights[stream, layer]
-                loudest = _loudest(layer_NE, self._layers_XPLH2.shape[3])
-                self._layers_XPLH2[place.x, place.p, index] = loudest
 
     def over_ranks(self, device: torch.device) -> ExampleWeights:
         """Itself, with what the other ranks read; a collective."""
@@ -246,19 +263,11 @@ def heard_at(output: RouterOutput, tokens: Sequence[int]) -> torch.Tensor:
 def _loudest(weights_NE: torch.Tensor, number: int) -> torch.Tensor:
     """Index and weight of the largest, ``[N, H, 2]``."""
     top = weights_NE.topk(number, dim=1)
-    return torch.stack([top.indices.double(), top.values], dim=2)
+    return torch.stack([top.indices.to(top.values.dtype), top.values], dim=2)
 
 
 def _pairs(pairs: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[int(expert), round(weight, 4)] for expert, weight in pairs if weight >= SILENT]
-
-
-def layer_name(path: str) -> str:
-    """``layer 3``, with its side in an encoder-decoder model; the path of a router outside all layers."""
-    parts = path.split(".")
-    number = next((part for part in parts if part.isdigit()), None)
-    side = f"{parts[0]} " if parts[0] in ("encoder", "decoder") else ""
-    return path if number is None else f"{side}layer {number}"
 
 
 def write_examples(run_folder: Path, examples: ExampleWeights | None, tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dsmixer.config.outline import layer_number
 from dsmixer.data.collate import PADDING, EncoderRows, MicroBatch
 from dsmixer.evaluation.examples import ExampleWeights, write_examples
 from dsmixer.evaluation.sharing import summed
@@ -143,14 +144,17 @@ def routing_report(
         domain's own, None where the mixture has none for it; ``own_probability`` ``[M, G]``: mean probability
         of that expert, likewise; ``entropy`` ``[M]``: mean token entropy, nats; ``expert_load`` ``[M, E]``:
         share of first choices; ``load`` ``[M, G, E]``: the same of each domain's tokens, absent where
-        domains x experts are too many;
+        domains x experts are too many; in all of these None where a router saw none of the tokens;
         ``summary``: means over routers, see ``_summary``.
     """
     tokens_MG, own_MG, entropy_MG, own_p_MG = own_MG4.unbind(2)
-    share_MG, probability_MG = own_MG / tokens_MG.clamp_min(1), own_p_MG / tokens_MG.clamp_min(1)
-    entropy_M = entropy_MG.sum(1) / tokens_MG.sum(1).clamp_min(1)
-    known = [expert in mixture.expert_names for expert in sheet.own_experts]
-    layers = [layer_of(path) for path in mixture.routers]
+    known_G = torch.tensor([expert in mixture.expert_names for expert in sheet.own_experts])
+    unknown_MG = (tokens_MG == 0) | ~known_G
+    share_MG, probability_MG = (
+        (sum_MG / tokens_MG).masked_fill(unknown_MG, torch.nan) for sum_MG in (own_MG, own_p_MG)
+    )
+    entropy_M = entropy_MG.sum(1) / tokens_MG.sum(1)
+    layers = [layer_number(path) for path in mixture.routers]
     report = RoutingReport()
     report.examples = examples
     report |= {
@@ -158,41 +162,44 @@ def routing_report(
         "layers": layers,
         "experts": list(mixture.expert_names),
         "domains": list(sheet.domains),
-        "own_first_share": _where_known(share_MG, known),
-        "own_probability": _where_known(probability_MG, known),
-        "entropy": entropy_M.tolist(),
+        "own_first_share": _plain(share_MG),
+        "own_probability": _plain(probability_MG),
+        "entropy": _plain(entropy_M),
         "expert_load": _shares(firsts.first_ME),
     }
     if firsts.domain_MGE is not None:
         report["load"] = _shares(firsts.domain_MGE)
-    report["summary"] = _summary(sheet, share_MG, probability_MG, known, layers) | {
-        "entropy": float(entropy_M.mean()),
+    report["summary"] = _summary(sheet, share_MG, probability_MG, layers) | {
+        "entropy": _plain(entropy_M.nanmean()),
         "ln_experts": math.log(len(mixture.expert_names)),
     }
     return report
 
 
 def _shares(counts: torch.Tensor) -> Any:
-    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).tolist()
+    return _plain(counts / counts.sum(-1, keepdim=True))  # 0 / 0 of a router that saw no token
 
 
-def _where_known(values_MG: torch.Tensor, known: Sequence[bool]) -> list[list[float | None]]:
-    return [
-        [float(value) if there else None for value, there in zip(row, known, strict=True)]
-        for row in values_MG
-    ]
+def _plain(values: torch.Tensor) -> Any:
+    """Nested lists of numbers, None in place of NaN."""
+    return _without_nan(values.tolist())
+
+
+def _without_nan(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if math.isnan(values) else values
 
 
 def _summary(
     sheet: Sheet,
     share_MG: torch.Tensor,
     probability_MG: torch.Tensor,
-    known: Sequence[bool],
     layers: Sequence[int | None],
 ) -> dict[str, Any]:
-    """``own_first`` by domain, the mean over routers, and ``own_first_later_layers`` over the layers after
-    the first; ``own_probability`` likewise over all routers; of each the mean over domains under ``…_mean``,
-    None where there are none.
+    """``own_first`` by domain, the mean over routers that saw tokens of it, and ``own_first_later_layers``
+    over those in layers after the first; ``own_probability`` likewise over all layers; of each the mean over
+    domains under ``…_mean``, None where there are none.
     """
     first = min((layer for layer in layers if layer is not None), default=None)
     later = torch.tensor([layer is not None and layer != first for layer in layers])
@@ -203,13 +210,8 @@ def _summary(
         "own_probability": probability_MG,
     }
     for key, rows_MG in kinds.items():
-        there = [g for g, is_known in enumerate(known) if is_known and len(rows_MG)]
-        shares = {sheet.domains[g]: float(rows_MG[:, g].mean()) for g in there}
+        means = zip(sheet.domains, rows_MG.nanmean(0).tolist(), strict=True)
+        shares = {domain: mean for domain, mean in means if not math.isnan(mean)}
         found[key] = shares
         found[f"{key}_mean"] = sum(shares.values()) / len(shares) if shares else None
     return found
-
-
-def layer_of(path: str) -> int | None:
-    """The layer's number in a module path: its first part that is a number."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)

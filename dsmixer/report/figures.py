@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from dsmixer.config.outline import layer_name, short_layer_name
 from dsmixer.report.limits import MAX_WRITTEN, evenly, largest, shown, with_remarks
 from dsmixer.report.plots import Curve, HeatMap, heat_figure, line_figure
 from dsmixer.report.run_folder import RoutingLoad, mean_of
@@ -73,7 +73,7 @@ def entropy_figure(title: str, layers: list[str], entropy_L: np.ndarray, num_exp
     most = math.log(num_experts)
     limit = Curve(f"ln E = ln {num_experts} = {most:.2f}", x, np.full(len(x), most), limit=True)
     curves = [Curve("mean token entropy", x, entropy_L, marked=True), limit]
-    short = [name.removeprefix("layer ") for name in layers]
+    short = [short_layer_name(name) for name in layers]
     return line_figure(curves, title=title, unit="nats", x_label="layer", x_names=short, y_from=0.0)
 
 
@@ -104,16 +104,6 @@ def share_figure(
     return heat_figure(heat_map, title=title)
 
 
-def layer_of(router: str) -> str:
-    """The layer a router belongs to, by the first number in its module path; the path where it has none.
-
-    An encoder-decoder model has layers of each number on both sides.
-    """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", router)
-    side = re.match(r"(encoder|decoder)\.", router)
-    return f"{side.group(1) + ' ' if side else ''}layer {found.group(1)}" if found else router
-
-
 def by_layer(routing: RoutingLoad, values_M: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Mean of ``values_M [M, ...]`` over the routers of each layer: L names and ``[L, ...]``."""
     return mean_by_layer(routing.routers, values_M)
@@ -123,5 +113,5 @@ def mean_by_layer(routers: Sequence[str], values_M: np.ndarray) -> tuple[list[st
     """As :func:`by_layer`, for routers of these module paths."""
     layers: dict[str, list[int]] = {}
     for index, router in enumerate(routers):
-        layers.setdefault(layer_of(router), []).append(index)
+        layers.setdefault(layer_name(router), []).append(index)
     return list(layers), np.stack([mean_of(values_M[indices], 0) for indices in layers.values()])

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_SHOWN = 64  # domains, experts or routers on one axis of a heat map
+from dsmixer.config.outline import MAX_SHOWN, evenly
+
+__all__ = ["MAX_SHOWN", "MAX_WRITTEN", "evenly", "largest", "shown", "with_remarks"]
+
 MAX_WRITTEN = 16  # columns up to which the cells of a heat map carry their numbers
 
 
@@ -14,13 +17,6 @@ def largest(weights: Sequence[float] | np.ndarray, limit: int = MAX_SHOWN) -> li
     """Positions of the ``limit`` largest weights, in their own order; the first of equal ones."""
     values = np.nan_to_num(np.asarray(weights, dtype=float), nan=-np.inf)
     return sorted(int(index) for index in np.argsort(-values, kind="stable")[:limit])
-
-
-def evenly(count: int, limit: int = MAX_SHOWN) -> list[int]:
-    """``min(count, limit)`` positions spread evenly over ``range(count)``, both ends among them."""
-    if count <= limit:
-        return list(range(count))
-    return sorted({round(index) for index in np.linspace(0, count - 1, limit)})
 
 
 def shown(kind: str, how: str, number: int, total: int) -> str:

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsmixer.config.errors import UserError
+from dsmixer.config.outline import short_layer_name
 from dsmixer.report.colors import INK, MUTED
 from dsmixer.report.figures import by_layer
 from dsmixer.report.gains import gain_map, gain_title
-from dsmixer.report.plots import CYCLE, draw_heat_map, look
+from dsmixer.report.plots import CYCLE, draw_heat_map, look, name_places
 from dsmixer.report.run_folder import RoutingLoad, read_run
 from dsmixer.report.scores import scores_of
 
@@ -71,7 +72,7 @@ def _draw_layers(axes: Axes, routing: RoutingLoad) -> None:
         chance, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=f"chance, 1/{len(routing.experts)}"
     )
     ticks = x if len(layers) <= 16 else x[:: math.ceil(len(layers) / 12)]
-    axes.set_xticks(ticks, [layers[index].removeprefix("layer ") for index in ticks])
+    name_places(axes, ticks, [short_layer_name(layers[index]) for index in ticks])
     axes.set(ylim=(0, 1.02), xlabel="layer", ylabel="share of held-out tokens")
     axes.set_yticks(np.linspace(0, 1, 6), [f"{share:.0%}" for share in np.linspace(0, 1, 6)])
     axes.grid(axis="y")

@@ -107,7 +107,7 @@ def line_figure(
         axes.margins(x=0.02)
         if x_names:
             places = range(0, len(x_names), -(-len(x_names) // MAX_TICKS))
-            axes.set_xticks(list(places), [_short(x_names[place]) for place in places])
+            name_places(axes, list(places), [x_names[place] for place in places])
         if y_from is not None:
             axes.set_ylim(bottom=y_from)
         if len(curves) > 4:
@@ -192,7 +192,8 @@ def heat_figure(heat_map: HeatMap, *, title: str) -> Figure:
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         draw_heat_map(axes, heat_map)
-        axes.set_title(title)
+        # above the names of the rows as well: the cells of few columns are no wide place for a title
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure
 
 
@@ -232,21 +233,30 @@ def _draw_color_bar(axes: Axes, heat_map: HeatMap, mesh: QuadMesh) -> None:
 
 def _name_cells(axes: Axes, heat_map: HeatMap, centers: np.ndarray) -> None:
     num_rows, num_columns = heat_map.values.shape
-    turned = max((len(name) for name in heat_map.columns), default=0) > 3
-    axes.set_xticks(
-        centers,
-        [_short(name) for name in heat_map.columns],
-        rotation=40 if turned and num_columns <= 24 else 90 if turned else 0,
-        ha="right" if turned and num_columns <= 24 else "center",
-        rotation_mode="anchor" if turned and num_columns <= 24 else "default",
-        fontsize=8 if num_columns <= 24 else 5.5,
-    )
+    name_places(axes, centers, heat_map.columns, steep=num_columns > 24)
+    axes.tick_params(axis="x", labelsize=8 if num_columns <= 24 else 5.5)
     row_names, row_size = [_short(name) for name in heat_map.rows], 8 if num_rows <= 24 else 5.5
     axes.set_yticks(np.arange(num_rows) + 0.5, row_names, fontsize=row_size)
     axes.invert_yaxis()
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def name_places(
+    axes: Axes, places: Sequence[float] | np.ndarray, names: Sequence[str], *, steep: bool = False
+) -> None:
+    """Name places of the horizontal axis; names of more than three letters are turned, to lie side by side.
+
+    Args:
+        axes: of a figure made under :func:`look`.
+        places, names: as many of each.
+        steep: whether there are so many that turned names have to stand upright.
+    """
+    turn: dict[str, Any] = {}
+    if max(map(len, names), default=0) > 3:
+        turn = {"rotation": 90} if steep else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(places, [_short(name) for name in names], **turn)
 
 
 def _write_cells(axes: Axes, heat_map: HeatMap, centers: np.ndarray, norm: Normalize) -> None:

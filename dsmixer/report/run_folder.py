@@ -34,6 +34,7 @@ class RoutingLoad:
         entropy: ``[M]``, mean token entropy, nats; NaN where it is not known.
         expert_load: ``[M, E]``, share of all tokens whose first choice is the expert; of a run that did not
             keep it, the mean of ``load`` over domains.
+        summary: means over routers and domains by name, those that are known.
     """
 
     routers: list[str]
@@ -44,6 +45,7 @@ class RoutingLoad:
     own_probability: np.ndarray
     entropy: np.ndarray
     expert_load: np.ndarray
+    summary: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,12 @@ def _read_routing(path: Path) -> RoutingLoad | None:
     )
     if not np.isfinite(expert_load).any():
         expert_load = mean_of(load, 1)
-    return RoutingLoad(routers, experts, domains, load, own_first, own_probability, entropy, expert_load)
+    summary = value.get("summary")
+    means = {key: _number(mean) for key, mean in summary.items()} if isinstance(summary, dict) else {}
+    known = {key: mean for key, mean in means.items() if math.isfinite(mean)}
+    return RoutingLoad(
+        routers, experts, domains, load, own_first, own_probability, entropy, expert_load, known
+    )
 
 
 def mean_of(values: np.ndarray, axis: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Scores:
     Attributes:
         values: by (domain, method, metric); ``expert:NAME`` is a method.
         num_examples: by (domain, metric).
-        domains: in the order of the rows.
+        domains: in the order of the recipe; what it does not name, in that of the losses.
         expert_of: name of the expert that serves a domain.
     """
 
@@ -88,19 +88,22 @@ def scores_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) ->
         value, number = row["value"], row.get("num_examples")
         values[domain, method, metric] = float(value) if isinstance(value, int | float) else math.nan
         num_examples[domain, metric] = number if isinstance(number, int) else 0
-    domains = list(dict.fromkeys(domain for domain, _, _ in values))
-    return Scores(values, num_examples, domains, {d: e for d, e in _experts(domains, settings)})
+    named = _named(settings)
+    # majorities stand before the losses in the rows, and only some domains have one
+    losses = [domain for domain, _, metric in values if metric == "loss"]
+    measured = dict.fromkeys(domain for domain, _, _ in values)
+    domains = _ordered(set(measured), [*named, *losses, *measured])
+    return Scores(values, num_examples, domains, {name: named.get(name) or name for name in domains})
 
 
-def _experts(domains: Iterable[str], settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _named(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """The recipe's domains in its order, with the experts that it names for them."""
     data = settings.get("data")
     entries = data.get("domains") if isinstance(data, Mapping) else None
-    named = {
-        str(entry.get("name")): entry.get("expert")
-        for entry in entries or ()
-        if isinstance(entry, Mapping) and entry.get("expert")
-    }
-    return [(domain, str(named.get(domain, domain))) for domain in domains]
+    if not isinstance(entries, list):
+        return {}
+    found = {str(entry.get("name")): entry.get("expert") for entry in entries if isinstance(entry, Mapping)}
+    return {name: str(expert) if expert else None for name, expert in found.items()}
 
 
 def _group(method: str) -> str:

@@ -93,6 +93,15 @@ def _own_expert_share(statistics: RoutingStatistics, expert_of_domain: Sequence[
     return own / total if total else None
 
 
+def scalars(stage: int, row: Mapping[str, object]) -> dict[str, float]:
+    """What a log of curves takes of a row of ``metrics.jsonl``: its finite numbers, as ``stage2/loss``."""
+    return {
+        f"stage{stage}/{key}": value
+        for key, value in row.items()
+        if key not in ("stage", "step") and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
 class DeviceMemory:
     """What the tensors of this rank take on its device, from now on; a CPU's allocator does not count.
 

@@ -23,6 +23,7 @@ from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, load_run_data
 from dsmixer.training.standing import stands_alone
 from dsmixer.training.starting import Start, read_start
+from dsmixer.training.wandb_log import check_wandb
 from dsmixer.training.world import once
 
 
@@ -113,6 +114,7 @@ def read_inputs(loaded: LoadedRecipe, quarantine: Path | None, device: torch.dev
             it, or records or adapters are bad or do not fit it.
     """
     recipe = loaded.recipe
+    check_wandb(loaded)
     bare = bare_base(recipe.base, packing=recipe.data.packing)
     _check_positions(loaded, bare)
     check_loss(loaded, bare)

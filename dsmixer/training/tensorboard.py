@@ -9,7 +9,6 @@ Shapes: M routers, G domains, E experts.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dsmixer.config.outline import layer_name, short_layer_name
 from dsmixer.report.limits import evenly, largest, shown, with_remarks
+from dsmixer.report.routing_terms import BALANCE_KEY, ENTROPY_KEY
 from dsmixer.routing.statistics import RoutingStatistics
+from dsmixer.training.metrics import scalars
 from dsmixer.training.telling import tell_problem
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     from dsmixer.report.plots import HeatMap
 
 Drawing = tuple[str, "HeatMap"]
+
+CHARTS = {
+    "token entropy beside ln E": ("routing_entropy", "entropy_limit"),
+    "routing loss and its terms": ("rsl", BALANCE_KEY, ENTROPY_KEY),
+}
+"""Metrics that are drawn together, by title."""
 
 
 class TensorBoardLog:
@@ -99,9 +107,8 @@ class TensorBoardLog:
         last: bool,
     ) -> None:
         writer = self._writer(stage, step)
-        for key, value in values.items():
-            if key not in ("stage", "step") and isinstance(value, int | float) and math.isfinite(value):
-                writer.add_scalar(f"stage{stage}/{key}", value, step)
+        for tag, value in scalars(stage, values).items():
+            writer.add_scalar(tag, value, step)
         self._num_logged[stage] = self._num_logged.get(stage, 0) + 1
         due = last or self._num_logged[stage] % self.heat_maps_every == 0
         if statistics is not None and due and bool((statistics.tokens_M > 0).any()):
@@ -127,8 +134,11 @@ class TensorBoardLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
             writer = SummaryWriter(str(self.folder / f"stage{stage}"), purge_step=step, flush_secs=10)
-            tags = [f"stage{stage}/routing_entropy$", f"stage{stage}/entropy_limit$"]
-            writer.add_custom_scalars({"routers": {"token entropy beside ln E": ["Multiline", tags]}})
+            charts = {
+                title: ["Multiline", [f"stage{stage}/{key}$" for key in keys]]
+                for title, keys in CHARTS.items()
+            }
+            writer.add_custom_scalars({"routers": charts})
             self._writers[stage] = writer
         return self._writers[stage]
 
@@ -145,16 +155,13 @@ class TensorBoardLog:
 
 
 def draw_held_out(run_folder: Path, *, enabled: bool = True) -> None:
-    """Draw the report's figures of held-out tokens under ``held_out/``, over those of an earlier evaluation.
+    """Draw the report's figures of held-out data under ``held_out/``, over those of an earlier evaluation.
 
-    Load by domain and by layer, entropy by layer, probability of the own expert and how often it came first.
-    A disk that takes no more is told of, and ends no run.
+    What each expert is worth on each domain; load by domain and by layer, entropy by layer, probability of
+    the own expert and how often it came first. A disk that takes no more is told of, and ends no run.
     """
-    from dsmixer.report.figures import routing_figures
-    from dsmixer.report.run_folder import read_run
-
-    routing = read_run(run_folder).routing if enabled else None
-    if routing is None:
+    figures = _held_out_figures(run_folder) if enabled else {}
+    if not figures:
         return
     from torch.utils.tensorboard import SummaryWriter
 
@@ -163,11 +170,25 @@ def draw_held_out(run_folder: Path, *, enabled: bool = True) -> None:
         for earlier in folder.glob("events.*"):
             earlier.unlink()
         with SummaryWriter(str(folder)) as writer:
-            for title, figure in routing_figures(routing):
-                name = re.sub(r"\W+", "_", title.partition("\n")[0].lower())
+            for name, figure in figures.items():
                 add_figure(writer, f"held_out/{name}", figure, 0)
     except OSError as error:
         tell_problem(f"warning: {folder} is not complete: {error}")
+
+
+def _held_out_figures(run_folder: Path) -> dict[str, Figure]:
+    """The report's, by a name made of the title."""
+    from dsmixer.report.figures import routing_figures
+    from dsmixer.report.gains import gain_figure
+    from dsmixer.report.run_folder import read_run
+    from dsmixer.report.scores import scores_of
+
+    run = read_run(run_folder)
+    gains = gain_figure(scores_of(run.evaluation, run.config))
+    found = {} if gains is None else {"experts_on_domains": gains}
+    for title, figure in routing_figures(run.routing) if run.routing is not None else ():
+        found[re.sub(r"\W+", "_", title.partition("\n")[0].lower())] = figure
+    return found
 
 
 def add_figure(writer: SummaryWriter, name: str, figure: Figure, step: int) -> None:
@@ -229,7 +250,14 @@ def load_by_router(
     )
     values = load_ME[np.ix_(routers, experts)]
     high = max(2.0, float(np.nanmax(values)))
-    rows = [router_names[index] for index in routers]
-    return title, HeatMap(
-        values, rows, [expert_names[index] for index in experts], 0, high, "load (1 = even)"
+    rows, columns = (
+        [_row_name(router_names[index]) for index in routers],
+        [expert_names[index] for index in experts],
     )
+    return title, HeatMap(values, rows, columns, 0, high, "load (1 = even)")
+
+
+def _row_name(path: str) -> str:
+    """Layer and projection of a router, ``encoder 3 SelfAttention.q``: a whole path has no room."""
+    layer, inside = layer_name(path), re.split(r"(?:^|\.)\d+\.", path, maxsplit=1)[-1]
+    return path if layer == path else f"{short_layer_name(layer)} {'.'.join(inside.split('.')[-2:])}"

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsmixer.report.figures import by_layer
 from dsmixer.report.html import Markup, tag
-from dsmixer.report.run_folder import RoutingLoad, RunFolder
+from dsmixer.report.run_folder import RunFolder
 from dsmixer.report.scores import Scores
 from dsmixer.report.text import percent
 
@@ -40,16 +39,8 @@ def _tiles(run: RunFolder, scores: Scores) -> Iterator[tuple[str, str]]:
         better = sum(mixture < uniform for mixture, uniform in pairs)
         yield f"{better} of {len(pairs)}", "domains where the mixture beats the uniform mixture"
     if run.routing is not None:
-        share, where = own_first_after_first_layer(run.routing)
-        if not math.isnan(share):
+        kinds = {"own_first_later_layers_mean": "layers after the first", "own_first_mean": "routers"}
+        found = next((key for key in kinds if key in run.routing.summary), None)
+        if found is not None:
+            share, where = run.routing.summary[found], kinds[found]
             yield percent(share), f"of tokens put their own expert first, mean of domains and {where}"
-
-
-def own_first_after_first_layer(routing: RoutingLoad) -> tuple[float, str]:
-    """Share of tokens whose own expert is first, leaving out the first layer, and what it is a mean of."""
-    if not np.isfinite(routing.own_first).any():
-        return math.nan, ""
-    layers, own_LG = by_layer(routing, routing.own_first)
-    if len(layers) == 1:
-        return float(np.nanmean(own_LG)), "the one layer"
-    return float(np.nanmean(own_LG[1:])), "layers after the first"

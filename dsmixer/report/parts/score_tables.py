@@ -9,6 +9,7 @@ import numpy as np
 from dsmixer.report.frames import figures, note, section, table
 from dsmixer.report.gains import gain_figure
 from dsmixer.report.html import Markup, join, tag
+from dsmixer.report.limits import evenly
 from dsmixer.report.scores import Scores, lower_is_better
 from dsmixer.report.text import MISSING, percent, readable
 
@@ -47,33 +48,39 @@ def _metric_table(scores: Scores, metric: str) -> list[Markup]:
     domains = [domain for domain in scores.domains if (domain, metric) in scores.num_examples]
     recovered = metric == "loss" and "mixture" in methods
     titles = ["domain", *methods, *(["recovered"] if recovered else []), "examples"]
-    shown = _worst_and_best(scores, domains, metric, recovered)
+    shown, which = _shown_domains(scores, domains, metric, recovered)
     rows = [_metric_row(scores, domain, metric, methods, recovered) for domain in shown]
     if len(domains) > 1:
         rows.append(_mean_row(scores, domains, metric, methods, recovered))
     left = len(domains) - len(shown)
     remark = (
-        f"Of {len(domains)} domains the {MAX_ROWS // 2} that the mixture serves worst and the "
-        f"{MAX_ROWS // 2} that it serves best; {left} between them are in evaluation.json, and in the mean."
+        f"Of {len(domains)} domains {which}; {left} between them are in evaluation.json, and in the mean."
     )
     return [table(titles, rows), *([note(remark)] if left else [])]
 
 
-def _worst_and_best(scores: Scores, domains: list[str], metric: str, recovered: bool) -> list[str]:
-    """All domains in their order, or of many both ends of their order by what the mixture reached."""
+def _shown_domains(scores: Scores, domains: list[str], metric: str, recovered: bool) -> tuple[list[str], str]:
+    """Domains of the table, and of many, which they are: both ends of their order by what the mixture
+    reached, or some evenly picked where it was not scored.
+    """
     if len(domains) <= MAX_ROWS:
-        return domains
+        return domains, ""
+    merits = _merits(scores, domains, metric, recovered)
+    known = sorted((domain for domain in domains if not math.isnan(merits[domain])), key=merits.__getitem__)
+    if len(known) < MAX_ROWS:
+        return [domains[index] for index in evenly(len(domains), MAX_ROWS)], f"{MAX_ROWS} evenly picked"
+    half = MAX_ROWS // 2
+    which = f"the {half} that the mixture serves worst and the {half} that it serves best"
+    return known[:half] + known[-half:], which
 
-    def merit(domain: str) -> float:
-        if recovered:
-            return scores.share_of_own_gain(domain, "mixture")
-        value = scores.value(domain, "mixture", metric)
-        return -value if lower_is_better(metric) else value
 
-    known = sorted((domain for domain in domains if not math.isnan(merit(domain))), key=merit)
-    unknown = [domain for domain in domains if math.isnan(merit(domain))]
-    order = [*known[: len(known) // 2], *unknown, *known[len(known) // 2 :]]
-    return order[: MAX_ROWS // 2] + order[-(MAX_ROWS // 2) :]
+def _merits(scores: Scores, domains: list[str], metric: str, recovered: bool) -> dict[str, float]:
+    """How well the mixture serves each domain: the share recovered where that is known, else the metric."""
+    shares = {domain: scores.share_of_own_gain(domain, "mixture") for domain in domains}
+    if recovered and not all(map(math.isnan, shares.values())):
+        return shares
+    sign = -1 if lower_is_better(metric) else 1
+    return {domain: sign * scores.value(domain, "mixture", metric) for domain in domains}
 
 
 def _metric_row(scores: Scores, domain: str, metric: str, methods: list[str], recovered: bool) -> Markup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from dsmixer.config.outline import short_layer_name
 from dsmixer.report.frames import note, section
 from dsmixer.report.held_out_texts import HeldOutText, HeldOutTexts
 from dsmixer.report.html import Markup, join, tag
@@ -95,6 +96,6 @@ class LayerStrip:
             for name, weight in list(routers.get(layer, ()))[:1]:
                 e = self.numbers[name]
                 said = f"{symbols[e]} {weight:.2f}".replace("0.", ".", 1)
-                label = join(tag("span", layer.removeprefix("layer ")), f" {said}")
+                label = join(tag("span", short_layer_name(layer)), f" {said}")
                 found.append(tag("li", label, class_=f"e{e}", style=f"--w:{weight:.2f}"))
         return tag("ul", tag("li", tag("span", "layer")), *found, class_="strip")

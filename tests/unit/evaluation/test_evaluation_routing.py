@@ -13,6 +13,8 @@ from rich.console import Console
 
 from dsmixer.config.errors import UserError
 from dsmixer.evaluation.methods import evaluate_mixture, routed_as
+from dsmixer.evaluation.routing_analysis import Firsts, routing_report
+from dsmixer.evaluation.sheet import make_sheet
 from dsmixer.evaluation.table import metric_table, print_evaluation, write_evaluation, write_json
 
 SETTINGS = SimpleNamespace(max_examples=None, generate_max_new_tokens=8, exact_match=False, batch_size=4)
@@ -74,6 +76,27 @@ def test_the_own_share_is_known_where_the_whole_table_is_too_large(mixture, toke
     part = evaluate_mixture(mixture.model, tokenizer, domains, SETTINGS)["routing"]
     assert "load" in whole and "load" not in part
     assert part["own_first_share"] == whole["own_first_share"]
+
+
+def test_what_a_router_saw_no_tokens_of_is_null_and_counts_in_no_mean(mixture, tokenizer, domains):
+    """Three routers in two layers: the first saw nothing of the domain sums, the second nothing at all."""
+    sheet = make_sheet(domains, tokenizer, max_length=96, max_examples=None)
+    num = len(mixture.routers)
+    own_MG4 = torch.tensor([10.0, 4.0, 5.0, 6.0]).repeat(num, 3, 1).double()  # tokens, first, entropy, p
+    domain_MGE = torch.tensor([4.0, 6.0, 0.0]).repeat(num, 3, 1)
+    for values in (own_MG4, domain_MGE):
+        values[0, 0], values[1] = 0, 0
+    routing = routing_report(mixture, sheet, own_MG4, Firsts(domain_MGE.sum(1), domain_MGE))
+    written = json.loads(json.dumps(routing, allow_nan=False))
+    assert written["own_first_share"][:3] == [[None, 0.4, None], [None] * 3, [0.4, 0.4, None]]
+    assert written["own_probability"][:3] == [[None, 0.6, None], [None] * 3, [0.6, 0.6, None]]
+    assert written["load"][0][0] == [None] * 3 and written["load"][0][1] == pytest.approx([0.4, 0.6, 0.0])
+    assert written["expert_load"][1] == [None] * 3 and written["entropy"][:3] == [0.5, None, 0.5]
+    summary = written["summary"]
+    assert summary["entropy"] == pytest.approx(0.5) and summary["own_first"] == pytest.approx(
+        {"sums": 0.4, "taste": 0.4}
+    )
+    assert summary["own_first_mean"] == pytest.approx(0.4)
 
 
 def test_the_files_of_a_run_are_what_the_report_reads(mixture, tokenizer, domains, tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.live_bytes import LiveBytes
 from support.tiny import CONFIGS, byte_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
@@ -18,6 +19,7 @@ from dsmixer.evaluation.examples import (
     MAX_DOMAINS,
     MAX_TOKENS,
     TEXTS_A_DOMAIN,
+    ExampleWeights,
     excerpts_of,
 )
 from dsmixer.evaluation.methods import evaluate_mixture, routed_as
@@ -26,6 +28,8 @@ from dsmixer.evaluation.sheet import make_sheet
 from dsmixer.model.inject import attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.report.held_out_texts import read_examples
+from dsmixer.routing.modes import Choice
+from dsmixer.routing.statistics import RouterOutput
 
 SETTINGS = SimpleNamespace(max_examples=None, generate_max_new_tokens=8, exact_match=False, batch_size=4)
 
@@ -122,8 +126,8 @@ def test_an_encoder_reads_the_prompt_and_a_decoder_the_answer(stir, domains):
     config = MixerConfig(targets="qkvo", experts=["sums", "taste", "spare"], rank=4, alpha=8, compute="loop")
     mixture = stir(attach_mixers(model, config))
     result = evaluate_mixture(mixture.model, tokenizer, domains[:1], SETTINGS)
-    text = result["routing"].examples.as_json(tokenizer)["texts"][0]
-    example = domains[0].test[0]
+    found = result["routing"].examples.as_json(tokenizer)
+    text, example = found["texts"][0], domains[0].test[0]
     prompt = tokenizer(example.prompt)["input_ids"]
     labels = tokenizer(example.completion)["input_ids"]
     assert [t["id"] for t in text["tokens"]] == [*prompt, 0, *labels[:-1]]
@@ -139,6 +143,12 @@ def test_an_encoder_reads_the_prompt_and_a_decoder_the_answer(stir, domains):
         k = mixture.config.default_routing().top_k
         mean, _, _ = expected_at(mixture, side, place, k)
         assert dense(token["weights"], 3).tolist() == pytest.approx(mean.tolist(), abs=2e-4)
+        for name, pairs in zip(found["layers"], token["layers"], strict=True):
+            part, number = name.split(" layer ")
+            own = {path: seen for path, seen in side.items() if path.startswith(f"{part}.block.{number}.")}
+            assert bool(pairs) == bool(own)  # the encoder's tokens are read in the decoder's layers too
+            loudest = expected_at(mixture, own, place, k)[0].topk(HEARD_IN_LAYER).values if own else ()
+            assert [weight for _, weight in pairs] == pytest.approx([float(w) for w in loudest], abs=2e-4)
 
 
 def test_probability_of_the_own_expert_and_load_are_those_of_the_logits(make_mixture, tokenizer, domains):
@@ -180,6 +190,33 @@ def test_few_texts_of_few_domains_are_kept_and_short_ones_first(tokenizer):
     assert len(names) == MAX_DOMAINS and names[0] == "d0" and names[-1] == "d39"
     texts = {tokenizer.decode(excerpt.ids, skip_special_tokens=True) for excerpt in excerpts}
     assert texts == {"short a", "brief b"}
+
+
+def bytes_while_watching(tokenizer, num_layers, num_experts):
+    """The most that is held at once while the routers of a model this deep tell of a text of MAX_TOKENS."""
+    names, paths = [f"e{e}" for e in range(num_experts)], [f"layers.{index}.q" for index in range(num_layers)]
+    mixers = {path: SimpleNamespace(router_index=index) for index, path in enumerate(paths)}
+    mixture = SimpleNamespace(
+        expert_names=names, routers=paths, mixers=mixers, streams=["decoder"] * num_layers
+    )
+    text = [Example("x" * 40, "y" * (MAX_TOKENS - 41), "d", location="d:0")]
+    sheet = make_sheet([Domain("d", "e0", 1.0, text, text)], tokenizer, max_length=96, max_examples=None)
+    ids = torch.zeros(1, MAX_TOKENS, dtype=torch.long)
+    micro = SimpleNamespace(input_ids=ids, example_ids=ids, encoder=None)
+    p_TE = torch.rand(MAX_TOKENS, num_experts, generator=torch.Generator().manual_seed(0)).softmax(1)
+    output = RouterOutput(p_TE, p_TE, Choice(*reversed(p_TE.topk(2, 1)), gate_TE=p_TE), None)
+    kept = ExampleWeights(mixture, sheet)
+    with LiveBytes() as live, kept.watching(micro):
+        for router in range(num_layers):
+            kept.record(router, output)
+    return live.peak
+
+
+def test_memory_while_texts_are_watched_does_not_grow_with_the_layers(tokenizer):
+    size = MAX_TOKENS * 512 * 4  # float32, of one router
+    few, many = (bytes_while_watching(tokenizer, number, 512) for number in (2, 64))
+    assert many == few
+    assert few < 8 * size
 
 
 def test_the_file_is_what_the_report_reads_and_goes_where_nothing_was_watched(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from dsmixer.config.yaml_text import dump_yaml
 from dsmixer.report.page import build_report
+from dsmixer.report.parts.score_tables import evaluation
+from dsmixer.report.scores import scores_of
 
 NUMBER = 1000
 LAYERS = 32
@@ -77,3 +80,29 @@ def test_a_page_of_a_thousand_experts_is_bounded_and_says_what_it_leaves_out(lar
     assert all(f'scope="row">{name}<' in page for name in NAMES[:30] + NAMES[-30:])
     mean = sum((index / NUMBER) ** 2 for index in range(NUMBER)) / NUMBER
     assert f'<td class="number">{100 * mean:.1f} %</td>' in page  # of all domains, not of those shown
+
+
+def remarks(*methods, losses=lambda index: 2.0):
+    """Names of the rows of the table of losses, and what stands under it, where these methods were scored."""
+    rows = [
+        {"domain": name, "method": method, "metric": "loss", "value": losses(index), "num_examples": 10}
+        for index, name in enumerate(NAMES[:100])
+        for method in methods
+    ]
+    markup = evaluation(scores_of(rows, {}))
+    return re.findall(r'scope="row">(domain_\d+)', markup), re.findall(r'class="note">(Of .*?)</p>', markup)
+
+
+def test_of_many_domains_without_a_mixture_some_are_picked_and_nobody_is_served_best():
+    names, (told,) = remarks("base", "uniform")
+    assert told == "Of 100 domains 60 evenly picked; 40 between them are in evaluation.json, and in the mean."
+    assert len(names) == 60 and names[0] == NAMES[0] and names[-1] == NAMES[99] and names == sorted(names)
+
+
+def test_of_many_domains_without_own_experts_the_mixtures_losses_say_which_are_served_worst():
+    names, (told,) = remarks("base", "mixture", losses=lambda index: 1.0 + (index * 37 % 100))
+    assert told.startswith(
+        "Of 100 domains the 30 that the mixture serves worst and the 30 that it serves best"
+    )
+    worst_first = sorted(range(100), key=lambda index: -(index * 37 % 100))
+    assert names == [NAMES[index] for index in worst_first[:30] + worst_first[70:]]

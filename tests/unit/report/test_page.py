@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import pytest
 
 from dsmixer.cli import report as report_command
 from dsmixer.config.errors import UserError
-from dsmixer.report.figures import by_layer, layer_of
+from dsmixer.report.figures import by_layer, entropy_figure, routing_figures
 from dsmixer.report.gains import gain_map
 from dsmixer.report.html import VOID, tag
 from dsmixer.report.page import build_report
+from dsmixer.report.parts.headline import headline
 from dsmixer.report.picture import result_picture
-from dsmixer.report.plots import Curve, as_svg, line_figure, running_mean, thin
+from dsmixer.report.plots import Curve, as_pixels, as_svg, line_figure, running_mean, thin
 from dsmixer.report.run_folder import read_run
 from dsmixer.report.scores import scores_of
 
@@ -161,6 +164,109 @@ def test_headline_says_what_the_routers_do_after_the_first_layer(make_run):
     assert "81.7 %" in text and "3 of 3" in text and "80.0 %" in text  # mean of layers 0.7 and 0.9
 
 
+def changed_routing(folder, **values):
+    """The run with other values in its routing; None takes a key away."""
+    path = folder / "routing.json"
+    kept = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        # both sides of an encoder-decoder model have a first layer: what is left out is the summary's to say
+        ({"own_first_mean": 0.5, "own_first_later_layers_mean": 0.123}, "12.3 % layers after the first"),
+        ({"own_first_mean": 0.456, "own_first_later_layers_mean": None}, "45.6 % routers"),
+        ({"own_first_mean": None}, None),
+        (None, None),
+    ],
+)
+def test_the_headline_has_the_own_expert_first_as_the_summary_of_the_routing_has_it(make_run, summary, told):
+    tiles = dict(headline_tiles(changed_routing(make_run(), summary=summary)))
+    found = {what: figure for what, figure in tiles.items() if "put their own expert first" in what}
+    if told is None:
+        assert not found
+    else:
+        figure, _, where = told.partition(" % ")
+        beginning = "of tokens put their own expert first, mean of domains and "
+        assert found == {f"{beginning}{where}": f"{figure} %"}
+
+
+def headline_tiles(folder):
+    """Text and figure of each tile."""
+    run = read_run(folder)
+    figures = re.findall(
+        r"<b>(.*?)</b><span>(.*?)</span>", headline(run, scores_of(run.evaluation, run.config))
+    )
+    return [(what, figure) for figure, what in figures]
+
+
+def test_domains_are_in_the_recipes_order_everywhere(make_run):
+    folder = make_run()
+    path = folder / "evaluation.json"
+    rows = json.loads(path.read_text())["rows"]
+    # as a run writes them: what is known of choices alone comes first, and only of some domains
+    first = [{**rows[0], "domain": "code", "method": "majority", "metric": "accuracy"}]
+    path.write_text(json.dumps({"rows": [*first, *reversed(rows)]}))
+    run = read_run(folder)
+    scores = scores_of(run.evaluation, run.config)
+    order = ["law", "chess", "code"]
+    assert scores.domains == order and gain_map(scores).rows == order and scores.experts == order
+    page = Page(build_report(folder))
+    names = [row[0][1] for row in page.cells if row and row[0][1] in order]
+    assert names[:3] == order and names[3:5] == ["law", "code"]  # the losses, then the accuracies
+    (_, by_domain), *_ = routing_figures(run.routing)
+    assert [label.get_text() for label in by_domain.axes[0].get_yticklabels()] == order
+    unnamed = scores_of(run.evaluation, {})  # domains of a source: the losses have all of them in order
+    assert unnamed.domains == ["code", "chess", "law"]
+
+
+def test_what_no_router_saw_is_grey_and_no_share_of_zero(make_run):
+    folder = make_run()
+    kept = json.loads((folder / "routing.json").read_text())
+    load, own = kept["load"], kept["own_first_share"]
+    for row in load:
+        row[1] = [None] * 3
+    for row in own:
+        row[1] = None
+    pictures = dict(
+        routing_figures(read_run(changed_routing(folder, load=load, own_first_share=own)).routing)
+    )
+    mesh = pictures["First expert of a token, by domain"].axes[0].collections[0]
+    assert mesh.get_array().reshape(3, 3).mask.tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    texts = [text.get_text() for text in pictures["First expert of a token, by domain"].axes[0].texts]
+    assert texts[3:6] == ["", "", ""] and "0" not in texts
+    own_first = pictures["Own expert first, by layer and domain"].axes[0]
+    assert [label.get_text() for label in own_first.get_xticklabels()] == ["law", "code"]
+
+
+@pytest.mark.parametrize("num_layers", [2, 12, 24])
+def test_layers_of_both_sides_do_not_lie_on_each_other(num_layers):
+    layers = [f"{side} layer {index}" for side in ("encoder", "decoder") for index in range(num_layers)]
+    figure = entropy_figure("Entropy", layers, np.linspace(0, 1, len(layers)), 6)
+    as_pixels(figure)  # lays it out
+    labels = [label for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(labels) > 3 and labels[0].get_text() == "encoder 0"
+    anchors = [label.get_transform().transform(label.get_position())[0] for label in labels]
+    for one, other, label in zip(anchors, anchors[1:], labels[1:], strict=False):
+        angle = math.radians(label.get_rotation())
+        label.set_rotation(0)
+        extent = label.get_window_extent()
+        # names at an angle are parallel lines of text: what lies between them is across the reading direction
+        assert (other - one) * math.sin(angle) >= extent.height or other - one >= extent.width
+
+
+def test_a_title_of_few_columns_is_whole(make_run):
+    folder = changed_routing(make_run(), experts=["a", "b", "c"])
+    for caption, figure in routing_figures(read_run(folder).routing):
+        as_pixels(figure)
+        title = figure._suptitle or figure.axes[0].title
+        box, canvas = title.get_window_extent(), figure.bbox
+        assert title.get_text() or figure.axes[0].get_title(loc="left"), caption
+        assert box.x0 >= 0 and box.x1 <= canvas.x1, caption
+
+
 @pytest.mark.parametrize(
     ("parts", "absent"),
     [
@@ -255,11 +361,6 @@ def test_gain_map_holds_nats_and_shares_and_folds_experts_that_were_not_crossed(
 
 
 def test_routers_are_grouped_by_the_layer_in_their_path(make_run):
-    assert layer_of("model.layers.12.self_attn.q_proj") == "layer 12"
-    assert layer_of("transformer.h.0.attn.c_attn") == "layer 0"
-    assert layer_of("decoder.block.3.layer.1.EncDecAttention.k") == "decoder layer 3"
-    assert layer_of("model.decoder.layers.3.self_attn.q_proj") == "layer 3"
-    assert layer_of("lm_head") == "lm_head"
     routing = read_run(make_run()).routing
     names, own_LG = by_layer(routing, routing.own_first)
     assert names == ["layer 0", "layer 1", "layer 2"]

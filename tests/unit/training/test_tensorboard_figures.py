@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmixer.routing.statistics import RoutingStatistics
-from dsmixer.training.tensorboard import TensorBoardLog, draw_held_out, entropy_by_layer
+from dsmixer.training.tensorboard import TensorBoardLog, draw_held_out, entropy_by_layer, load_by_router
 
 ROUTERS = [f"model.layers.{layer}.self_attn.{name}_proj" for layer, name in ((0, "q"), (0, "v"), (1, "q"))]
 
@@ -42,12 +42,38 @@ def test_a_step_is_drawn_by_layer(tmp_path, statistics):
     assert [event.step for event in images(tmp_path / "stage2").Images("stage2/entropy_by_layer")] == [7]
 
 
-def write_run(folder, share):
+def write_run(folder, share, *, losses=False):
     routing = {"routers": ROUTERS, "experts": ["a", "b"], "domains": ["a", "b"], "entropy": [0.5, 0.4, 0.1]}
     routing |= {key: [[share, share]] * 3 for key in ("own_first_share", "own_probability")}
     routing["load"] = [[[share, 1 - share], [1 - share, share]]] * 3
     (folder / "routing.json").write_text(json.dumps(routing))
     (folder / "config.yaml").write_text("run: {name: x}\n")
+    values = {"base": 2.0, "expert:a": 1.0, "expert:b": 1.5, "mixture": 1.0 + share}
+    rows = [{"domain": d, "method": m, "metric": "loss", "value": v} for d in "ab" for m, v in values.items()]
+    (folder / "evaluation.json").write_text(json.dumps({"rows": rows if losses else []}))
+
+
+def test_what_each_expert_is_worth_is_drawn_too_and_follows_the_losses(tmp_path):
+    seen = []
+    for share in (0.9, 0.2):
+        write_run(tmp_path, share, losses=True)
+        draw_held_out(tmp_path)
+        (event,) = images(tmp_path / "tensorboard" / "held_out").Images("held_out/experts_on_domains")
+        seen.append(event.encoded_image_string)
+    assert seen[0] != seen[1]
+    (tmp_path / "routing.json").unlink()  # no mixture was scored: its experts still were
+    draw_held_out(tmp_path)
+    assert images(tmp_path / "tensorboard" / "held_out").Tags()["images"] == ["held_out/experts_on_domains"]
+
+
+def test_a_router_is_named_by_layer_and_projection_where_its_path_has_no_room(statistics):
+    paths = [
+        "encoder.block.3.layer.0.SelfAttention.q",
+        "encoder.block.3.layer.0.SelfAttention.v",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    _, heat_map = load_by_router(statistics, "abcd", paths)
+    assert heat_map.rows == ["encoder 3 SelfAttention.q", "encoder 3 SelfAttention.v", "1 self_attn.q_proj"]
 
 
 def test_the_reports_figures_are_drawn_at_the_end_over_those_of_an_earlier_evaluation(tmp_path):
