@@ -6,8 +6,8 @@
 A random Llama of a few layers and a small vocabulary, so that the layers weigh as much as they do in a deep
 model. Prefill, then tokens with the cache on, greedy; the three take turns token by token, so that a busy
 machine slows all of them. With one thread (``OMP_NUM_THREADS=1``) it is that thread's own time. Times are
-medians; a ratio is the median over the tokens of (own time / time of the bare base just before), with its
-quartiles.
+medians; a ratio is the median over the tokens of (own time / time of the bare base in the same turn), with
+its quartiles.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +24,13 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmixer.model.inject import attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
 from dsmixer.model.serving import ready_to_serve
+from tests.bench.decoding import Decoding
+from tests.bench.timing import in_rounds, ratios, spread, turn_of
 
 POOLS = ((6, 64), (64, 16), (196, 16))  # experts and rank
 TARGETS = ("q", "k", "v", "o")
@@ -105,39 +105,11 @@ def measure(size: Size, num_layers: int, tokens: int) -> list[Timing]:
         "PEFT LoRA": _with_lora(_twin(base), size.rank),
         "dsmixer": _with_mixers(_twin(base), size),
     }
-    runs = {name: Decoding(model, size.batch) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(tokens + WARM_UP):
-        for name, run in runs.items():
-            seconds = run.next_token()
-            if number >= WARM_UP:
-                times[name].append(seconds)
+    runs = {name: Decoding(model, size.batch, PROMPT_TOKENS) for name, model in models.items()}
+    turns = {name: turn_of(run.next_token, torch.get_num_threads()) for name, run in runs.items()}
+    in_rounds(turns, WARM_UP)
+    times = in_rounds(turns, tokens)
     return [_timing(name, times[name], times["base"]) for name in models]
-
-
-def clock() -> float:
-    """Seconds; of a single thread its own, which others on the machine do not lengthen much."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-class Decoding:
-    """A model with its prompt read."""
-
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, batch: int) -> None:
-        prompt = torch.randint(3, 100, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-        self.model, self.cache = model, DynamicCache()
-        out = self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True)
-        self.ids = out.logits[:, -1:].argmax(-1)
-
-    @torch.no_grad()
-    def next_token(self) -> float:
-        """Seconds of the next token."""
-        began = clock()
-        out = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
-        seconds = clock() - began
-        self.ids = out.logits[:, -1:].argmax(-1)
-        return seconds
 
 
 def _llama(size: Size, num_layers: int) -> LlamaForCausalLM:
@@ -182,9 +154,8 @@ def _with_mixers(model: LlamaForCausalLM, size: Size) -> nn.Module:
 
 
 def _timing(who: str, times: Sequence[float], base: Sequence[float]) -> Timing:
-    ratios = [own / bare for own, bare in zip(times, base, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Timing(who, 1e3 * statistics.median(times), middle, low, high)
+    ratio = ratios(times, base)
+    return Timing(who, 1e3 * spread(times).median, ratio.median, ratio.low, ratio.high)
 
 
 def _show_line(size: Size, timings: Sequence[Timing]) -> None:

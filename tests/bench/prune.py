@@ -23,6 +23,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ from dsmixer.evaluation.mixer_gates import without
 from dsmixer.evaluation.scoring import domain_rows, score_rows
 from dsmixer.evaluation.sheet import Sheet, make_sheet
 from dsmixer.model.inject import mixture_of, route_to
-from tests.bench.decode import Decoding, clock
+from tests.bench.decode import PROMPT_TOKENS, WARM_UP
+from tests.bench.decoding import Decoding
 from tests.bench.grow_pool import REPOSITORY
+from tests.bench.timing import in_rounds, ratios, spread, turn_of
 
 SIX = ["sst2", "cola", "gsm8k", "mbpp", "arc_easy", "qnli"]
 SHARES = (0.75, 0.5, 0.25)
@@ -215,29 +218,26 @@ def losses_of(sheet: Sheet, scores: Any, places: Sequence[int]) -> Losses:
 @torch.no_grad()
 def timed(models: Mapping[str, Any], turns: int) -> dict[str, Any]:
     """Median milliseconds of a forward pass of 128 tokens and of a decoded token, in turns, and the
-    median of the ratios to the whole mixture's just before, with quartiles."""
+    median of the ratios to the whole mixture's in the same turn, with quartiles."""
     ids = torch.randint(3, 4000, (1, 128), generator=torch.Generator().manual_seed(0))
     with route_to(models["base"], None):
-        decodings = {"base": Decoding(models["base"], 1)}
-        decodings |= {name: Decoding(model, 1) for name, model in models.items() if name != "base"}
-        times: dict[str, dict[str, list[float]]] = {
-            kind: {name: [] for name in models} for kind in ("forward", "decode")
+        works: dict[str, dict[str, Callable[[], object]]] = {
+            "forward": {
+                name: partial(model, input_ids=ids, use_cache=False) for name, model in models.items()
+            },
+            "decode": {name: Decoding(model, 1, PROMPT_TOKENS).next_token for name, model in models.items()},
         }
-        for turn in range(turns + 3):
-            for name, model in models.items():
-                start = clock()
-                model(input_ids=ids, use_cache=False)
-                passed = clock() - start
-                token = decodings[name].next_token()
-                if turn >= 3:
-                    times["forward"][name].append(passed)
-                    times["decode"][name].append(token)
+        times = {}
+        for kind, of in works.items():
+            taking_turns = {name: turn_of(work, torch.get_num_threads()) for name, work in of.items()}
+            in_rounds(taking_turns, WARM_UP)
+            times[kind] = in_rounds(taking_turns, turns)
     return {kind: {name: _timing(own, of["full"]) for name, own in of.items()} for kind, of in times.items()}
 
 
 def _timing(own: Sequence[float], full: Sequence[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(own, full, strict=True)], n=4)
-    return {"ms": 1e3 * statistics.median(own), "ratio": middle, "low": low, "high": high}
+    ratio = ratios(own, full)
+    return {"ms": 1e3 * spread(own).median, "ratio": ratio.median, "low": ratio.low, "high": ratio.high}
 
 
 def correlations(scores: Mapping[str, Any]) -> dict[str, float]:

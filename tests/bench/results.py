@@ -1,0 +1,186 @@
+"""What was measured: rows, the table, the file, the plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.case import Case
+from tests.bench.systems.registry import SYSTEMS
+from tests.bench.targets import Verdict
+from tests.bench.timing import Spread
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system on a case; without figures where it has a problem.
+
+    Attributes:
+        case: the shapes.
+        system: name in ``SYSTEMS``.
+        problem: why there is nothing.
+        seconds: of a step or a decoded token.
+        to_lora: times PEFT LoRA, within rounds.
+        to_base: times the frozen base, within rounds.
+        peak: bytes beyond those of the process before anything was built.
+        trained: weights that train.
+        loss: of the first step, nats a target token.
+        gradient_norm: of the first step.
+        tokens_per_second: at the median.
+        share: of the machine's matmul rate, in model operations.
+        matmul: operations a second of a large product.
+    """
+
+    case: Case
+    system: str
+    problem: str | None = None
+    seconds: Spread | None = None
+    to_lora: Spread | None = None
+    to_base: Spread | None = None
+    peak: int | None = None
+    trained: int | None = None
+    loss: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    share: float | None = None
+    matmul: float | None = None
+
+    @property
+    def title(self) -> str:
+        return SYSTEMS[self.system].title_of(self.case.what)
+
+
+COLUMNS = ("system", "ms", "x LoRA", "quartiles", "x base", "peak GB", "tokens/s", "of matmul rate")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table, in the order of ``COLUMNS``."""
+    if row.seconds is None:
+        return (row.title, *[""] * (len(COLUMNS) - 2), row.problem or "")
+    lora, base = row.to_lora, row.to_base
+    assert row.peak is not None and row.share is not None
+    return (
+        row.title,
+        f"{1e3 * row.seconds.median:,.2f}",
+        "" if lora is None else f"{lora.median:.3f}",
+        "" if lora is None else ("one step" if lora.number == 1 else f"{lora.low:.3f} to {lora.high:.3f}"),
+        "" if base is None else f"{base.median:.3f}",
+        f"{row.peak / 1e9:.3f}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.share:.1%}" if row.case.what == "train" else "",
+    )
+
+
+def by_case(rows: Iterable[Row]) -> list[tuple[Case, list[Row]]]:
+    return [(case, list(found)) for case, found in groupby(rows, key=lambda row: row.case)]
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table a case."""
+    for case, found in by_case(rows):
+        table = Table(*COLUMNS, title=case.title(), title_justify="left")
+        for column in table.columns[1:-1]:
+            column.justify = "right"
+        for row in found:
+            table.add_row(*cells(row))
+        Console(width=130).print(table)
+
+
+def show_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The targets."""
+    table = Table("target", "case", "limit", "measured", "", title="targets", title_justify="left")
+    for verdict in verdicts:
+        table.add_row(*verdict.cells())
+    Console(width=130).print(table)
+
+
+def markdown(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
+    """The same tables, for a page."""
+    parts = []
+    for case, found in by_case(rows):
+        parts += [f"{case.title()}:", "", *_lines(COLUMNS, [cells(row) for row in found]), ""]
+    targets = _lines(("target", "case", "limit", "measured", ""), [verdict.cells() for verdict in verdicts])
+    return "\n".join([*parts, *targets, ""])
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+
+
+def write(path: Path, facts: dict[str, Any], rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    """Everything as JSON."""
+    found = {
+        "facts": facts,
+        "rows": [asdict(row) for row in rows],
+        "targets": [verdict.to_dict() for verdict in verdicts],
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that ``write`` made."""
+    spreads = ("seconds", "to_lora", "to_base")
+    rows = []
+    for values in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        values["case"] = Case.from_dict(values["case"])
+        values |= {name: Spread(**values[name]) for name in spreads if values[name] is not None}
+        rows.append(Row(**values))
+    return rows
+
+
+Panel = tuple[str, str, int, int, int]
+
+
+def panel_of(case: Case) -> Panel:
+    """What cases share that differ in E alone; decoding has the same panel whatever the prompt."""
+    return case.what, case.dtype, case.width, case.rank, case.sequence
+
+
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """Ratio to PEFT LoRA over E, a panel for what differs otherwise; whether there was anything to draw."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    measured = [row for row in rows if row.to_lora is not None]
+    panels = sorted({panel_of(row.case) for row in measured})
+    if not panels:
+        return False
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(5 * across, 3.6 * down), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw(axis, panel, [row for row in measured if panel_of(row.case) == panel])
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return True
+
+
+def _draw(axis: Any, panel: Panel, rows: Sequence[Row]) -> None:
+    what, dtype, width, rank, sequence = panel
+    for name in SYSTEMS:
+        own = sorted((row for row in rows if row.system == name), key=lambda row: row.case.experts)
+        points = [(row.case.experts, row.to_lora) for row in own if row.to_lora is not None]
+        if not points:
+            continue
+        middle = [s.median for _, s in points]
+        errors = [[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]]
+        title = SYSTEMS[name].title_of(what)
+        axis.errorbar([e for e, _ in points], middle, errors, marker="o", capsize=2, label=title)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_title(f"{what}, {dtype}, width {width}, r={rank}, {sequence} tokens", fontsize=9)
+    axis.set_xlabel("experts")
+    axis.set_ylabel("times PEFT LoRA")
+    axis.legend(fontsize=6)
