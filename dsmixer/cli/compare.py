@@ -45,7 +45,6 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         action="extend",
         default=[],
-        type=Path,
         metavar="FOLDER",
         help="take over what these comparisons have finished, where a cell is exactly the same",
     )
@@ -84,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from dsmixer.compare.state import check_unchanged
 
     only, overrides = _apart(args.only, args.overrides)
+    reused, overrides = _apart(args.reuse, overrides)
     seeds = [f"comparison.seeds=[{args.seeds}]"] if args.seeds is not None else []
     loaded = load_comparison(args.file, args.scale, [*overrides, *seeds])
     plan = make_plan(loaded, only)
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
         check_unchanged(plan)
         return _written(plan, [], args.json, DONE)
     _tell_scales(loaded)
-    return _run(plan, args)
+    return _run(plan, args, [Path(folder) for folder in reused])
 
 
-def _run(plan: Any, args: argparse.Namespace) -> int:
+def _run(plan: Any, args: argparse.Namespace, reused: Sequence[Path]) -> int:
     from dsmixer.checkpoint.atomic import write_text
     from dsmixer.compare.launching import Resources, check_resources
     from dsmixer.compare.methods import check_methods
@@ -116,7 +116,7 @@ def _run(plan: Any, args: argparse.Namespace) -> int:
         check_methods(plan)  # which takes seconds: it imports them
     with alone_in(plan.folder):
         write_text(written, text)
-        take_over(plan, args.reuse, lambda text: tell(text, sys.stderr))
+        take_over(plan, reused, lambda text: tell(text, sys.stderr))
         runner = Runner(plan, resources, lambda text: tell(text, sys.stderr))
         outcomes = runner.run()
         code = _code(outcomes, runner.stopped)
@@ -204,10 +204,10 @@ def _tell_scales(loaded: LoadedComparison) -> None:
         tell_problem(f"this is the full form; the file also has {listed}")
 
 
-def _apart(only: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Variants and overrides: one behind ``--only VARIANT ...`` is taken for what it looks like."""
-    late = [text for text in only if _is_override(text)]
-    return [text for text in only if text not in late], [*overrides, *late]
+def _apart(words: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A flag's words and the overrides: one behind ``--only VARIANT ...`` is taken for what it looks like."""
+    late = [text for text in words if _is_override(text)]
+    return [text for text in words if text not in late], [*overrides, *late]
 
 
 def _is_override(text: str) -> bool:

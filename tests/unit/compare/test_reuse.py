@@ -100,6 +100,10 @@ def test_a_folder_without_a_comparison_is_a_mistake(
         take_over(planned(comparison_file()), [tmp_path], print)
     assert main(["compare", str(comparison_file()), "--reuse", str(tmp_path / "nowhere")]) == 2
     assert "there is no comparison.yaml" in capsys.readouterr().err
+    # an override behind the folders is an override, though it stands where a folder could
+    flags = ["--reuse", str(tmp_path), "run.name=again", "--list", "--json"]
+    assert main(["compare", str(comparison_file()), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == str(tmp_path / "runs" / "again")
 
 
 def test_cells_of_several_ranks_have_gpus_of_their_own(
