@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dsmixer.compare.recipes import (
     VariantRecipe,
     experts_raw,
+    recipe_digest,
     routers_raw,
     told_of,
     trunk_digest,
@@ -207,7 +208,9 @@ def _method_cell(loaded: LoadedComparison, method: str, scored: Cell) -> Cell:
     """One of the other methods, on the experts of a run."""
     evaluation = {k: v for k, v in (scored.raw.get("evaluation") or {}).items() if k != "batch_size"}
     settings = loaded.comparison.method_settings.get(method, {})
-    asked = {"method": method, "settings": settings, "evaluation": evaluation}
+    assert scored.recipe is not None
+    of = f"{scored.trunk}/{recipe_digest(scored.recipe.recipe)}"
+    asked = {"method": method, "settings": settings, "evaluation": evaluation, "of": of}
     name = f"methods/{scored.trunk}/{safe_name(method)}/seed-{scored.seed}"
     return Cell("method", name, method, scored.trunk, scored.seed, scored.folder, scored.name, asked)
 

@@ -16,6 +16,7 @@ from dsmixer.config.errors import UserError
 from dsmixer.config.from_mixture import DECIDED
 from dsmixer.config.overrides import apply_overrides
 from dsmixer.config.recipe import LoadedRecipe, flatten, resolve_recipe, without_rsl
+from dsmixer.config.schema import Recipe
 from dsmixer.config.yaml_text import dump_yaml
 
 COMMAND_LINE = "command line: "
@@ -183,7 +184,18 @@ def trunk_digest(whole: VariantRecipe) -> str:
         if key in IN_TRUNK or not any(key == out or key.startswith(f"{out}.") for out in left_out)
     }
     kept["cell of its own"] = whole.trains_experts
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return _digest(kept)
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Of all that decides a cell's figures, wherever it lies and whichever folder its experts come from."""
+    left_out = ("run.name", "run.dir", "mixer.mixture")
+    kept = {key: value for key, value in flatten(recipe.model_dump(mode="json")) if key not in left_out}
+    return _digest(kept)
+
+
+def _digest(values: Raw) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _held_out(whole: VariantRecipe) -> int | None:

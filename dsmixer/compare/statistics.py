@@ -170,7 +170,7 @@ def _fill(table_row: TableRow, rows: Sequence[Row], gathered: Gathered) -> None:
             share = recovered(reference[BASE], float(row["value"]), reference[OWN])
             if share is not None:
                 table_row.values.setdefault(("recovered", domain), {})[seed] = share
-    _add_means(table_row.values)
+    _add_means(table_row.values, _asked(table_row.trunk, gathered))
     for measure in gathered.measures:
         same = measure["variant"] == table_row.variant and measure["trunk"] == table_row.trunk
         if same and measure["method"] == table_row.method:
@@ -187,16 +187,32 @@ def _is_of(method: str, row: Row, gathered: Gathered) -> bool:
     return row["method"] in (f"{OWN}{suffix}", f"expert:{expert}{suffix}")
 
 
-def _add_means(values: Values) -> None:
-    """The mean over domains of each metric on each seed; of ``recovered``, over domains where there is a gain
-    to recover, which are the same for all rows on one trunk and seed."""
+def _asked(trunk: str, gathered: Gathered) -> dict[str, set[str]]:
+    """The domains that a trunk's rows have each metric of."""
+    found: dict[str, set[str]] = {}
+    for row in gathered.rows:
+        if row["trunk"] == trunk:
+            found.setdefault(row["metric"], set()).add(row["domain"])
+    return found
+
+
+def _add_means(values: Values, asked: Mapping[str, set[str]]) -> None:
+    """The mean over domains of each metric, on each seed that has all: a mean of some is no mean of all.
+
+    Of ``recovered`` it is over the domains where there is a gain to recover, which are the same for all rows
+    on one trunk and seed.
+    """
     for metric in list(dict.fromkeys(metric for metric, _ in values)):
-        of_seed: dict[int, list[float]] = {}
-        for (other, _), by_seed in values.items():
+        of_seed: dict[int, dict[str, float]] = {}
+        for (other, domain), by_seed in values.items():
             if other == metric:
                 for seed, value in by_seed.items():
-                    of_seed.setdefault(seed, []).append(value)
-        values[metric, MEAN] = {seed: fmean(numbers) for seed, numbers in of_seed.items()}
+                    of_seed.setdefault(seed, {})[domain] = value
+        wanted = asked.get("loss" if metric == "recovered" else metric, set())
+        scored = {d for (other, d) in values if other == ("loss" if metric == "recovered" else metric)}
+        whole = [seed for seed, found in of_seed.items() if metric == "recovered" or set(found) >= wanted]
+        if scored >= wanted and whole:
+            values[metric, MEAN] = {seed: fmean(of_seed[seed].values()) for seed in whole}
 
 
 def as_figures(values: Mapping[Any, Mapping[int, float]]) -> dict[Any, Figure]:

@@ -72,7 +72,7 @@ class MixedLinear(nn.Module):
         if self._serves(x_TD, y):
             choice = context.choose_unobserved(router, x_TD)
             if choice is not None:
-                y_TO = y.view(x_TD.shape[0], -1)
+                y_TO = y.view(-1, y.shape[-1])
                 return self.bank.served.add(y_TO, x_TD, choice.indices_TK, choice.weights_TK).view_as(y)
         shared_input = x if self.shared else None
         assignment = context.assign(
@@ -101,7 +101,9 @@ class MixedLinear(nn.Module):
 
     def _serves(self, x_TD: torch.Tensor, y: torch.Tensor) -> bool:
         """Whether a few tokens are only to be answered, by experts that are all here."""
-        if self.shared or self.exchange.travels or not self.bank.serves(x_TD, self.context.routing.top_k):
+        if self.shared or self.exchange.travels or (self.training and self.dropout):
+            return False
+        if not self.bank.serves(x_TD, self.context.routing.top_k) or _is_watched(self.base, self.bank):
             return False
         return y.dtype == x_TD.dtype and y.is_contiguous()
 
@@ -125,6 +127,11 @@ class MixedLinear(nn.Module):
             if name in ("weight", "bias", "in_features", "out_features", "nf"):
                 return getattr(super().__getattr__("base"), name)
             raise
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    """Whether hooks look at what they take or put out."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _in_autocast(x_TD: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,19 @@ def test_what_was_made_from_other_values_is_not(
     assert [name.split("/")[0] for name in took(plan, done)] == taken
 
 
+def test_a_score_of_another_mixture_is_not_taken_over_for_its_name(comparison_file: File, done: Path) -> None:
+    """The time of an answer, of a variant that is called the same and was trained in another way."""
+    asked = ["comparison.measures=[seconds_per_example]", "run.name=other"]
+    there = planned(comparison_file(), asked[0])
+    cell = next(cell for cell in there.cells if cell.times == "RSL")
+    write_asked(there, cell)
+    method_file(there, cell).write_text("{}")
+    assert "answers" in {name.split("/")[0] for name in took(planned(comparison_file(), *asked), done)}
+    for change in (["stage2.top_k=1", "stage2.renormalize=false"], ["stage1.learning_rate=0.5"]):
+        plan = planned(comparison_file(), *asked[:1], "run.name=third", *change)
+        assert "answers" not in {name.split("/")[0] for name in took(plan, done)}
+
+
 def test_what_is_unfinished_there_or_begun_here_is_not(comparison_file: File, done: Path) -> None:
     (done / "cells" / "RSL" / "seed-0" / ".finished").unlink()
     plan = planned(comparison_file(), "run.name=other")

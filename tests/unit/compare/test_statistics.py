@@ -97,6 +97,12 @@ def test_a_method_that_is_told_the_domain_is_marked_as_such_and_is_no_rival(plan
     assert told["kind"] == "told" and told["method"] == "uniform"
 
 
+def test_a_mean_of_some_domains_is_no_mean_of_all(plan: Plan) -> None:
+    cells = table(plan, gathered(plan))["uniform"]["cells"]
+    assert "law" in cells["loss"] and "mean of domains" not in cells["loss"]
+    assert "mean of domains" not in cells["recovered"]
+
+
 def test_two_seeds_give_their_range_and_one_gives_none(plan: Plan) -> None:
     two = table(plan, gathered(plan, (0, 1)))["RSL"]["cells"]["loss"]["law"]
     assert two["spread_is"] == "range" and two["spread"] == pytest.approx(0.2)

@@ -132,3 +132,32 @@ def test_whoever_looks_on_sees_every_token(served: list[int]) -> None:
     assert served == [], "many tokens are the other forms'"
     mixed(torch.randn(1, 1, D))
     assert served == [1]
+
+
+@torch.no_grad()
+def test_no_token_is_no_token(served: list[int]) -> None:
+    assert mixer(64)(torch.zeros(0, D)).shape == (0, O) and mixer(64)(torch.zeros(0, 3, D)).shape == (0, 3, O)
+
+
+@torch.no_grad()
+def test_dropout_is_drawn_for_a_few_tokens_too(served: list[int]) -> None:
+    mixed = mixer(64)
+    mixed.dropout = 0.9
+    x = torch.randn(1, 1, D)
+    torch.manual_seed(0)
+    assert len({tuple(mixed(x).flatten().tolist()) for _ in range(4)}) == 4 and served == []
+    mixed.eval()
+    assert torch.allclose(mixed(x).double(), written_out(mixed, x), rtol=1e-4, atol=1e-4) and served == [1]
+
+
+@torch.no_grad()
+def test_hooks_see_what_base_and_experts_put_out(served: list[int]) -> None:
+    mixed, seen = mixer(64), []
+    x = torch.randn(1, 1, D)
+    expected = mixed(x)
+    for module in (mixed.base, mixed.bank):
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.allclose(mixed(x), expected, rtol=1e-5, atol=1e-5)
+    base, experts = seen
+    assert torch.equal(base, nn.functional.linear(x, mixed.base.weight, mixed.base.bias)), "untouched"
+    assert torch.allclose(base + experts.view_as(base), expected, rtol=1e-5, atol=1e-5) and served == [1]
