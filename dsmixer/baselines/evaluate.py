@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dsmixer.baselines.interface import Fitted, Given, Method
-from dsmixer.data.encode import pad_token_id
-from dsmixer.evaluation.generation import exact_match_rows, match_rows
-from dsmixer.evaluation.methods import BATCH_SIZE
-from dsmixer.evaluation.scoring import Row, domain_rows, score_rows
+from dsmixer.evaluation.methods import BATCH_SIZE, scored_rows
+from dsmixer.evaluation.scoring import Row
 from dsmixer.evaluation.sharing import device_of
 from dsmixer.evaluation.sheet import Sheet
 
@@ -77,13 +75,9 @@ def evaluate_methods(
             with peak_memory(device_of(model)) as peak:
                 ready = fitted[name] = method(given)
                 costs[name] = _cost(ready, time.perf_counter() - began)
-                scored = [
-                    _rows(model, tokenizer, sheet, name, asked, ready.under(own), batch_size, max_new_tokens)
-                    for own, asked in _asked(ready, sheet)
-                ]
-            rows += [row for found, _, _ in scored for row in found]
-            num_examples = sum(count for _, _, count in scored)
-            costs[name]["seconds_per_example"] = sum(s for _, s, _ in scored) / max(1, num_examples)
+                found, each = _answered(model, tokenizer, sheet, name, ready, batch_size, max_new_tokens)
+            rows += found
+            costs[name]["seconds_per_example"] = each
             costs[name]["peak_memory"] = peak.get("bytes")
     finally:
         model.train(was_training)
@@ -120,40 +114,29 @@ def _asked(fitted: Fitted, sheet: Sheet) -> list[tuple[str, list[int]]]:
     return [(expert, [domain]) for domain, expert in experts if expert in fitted.told]
 
 
-def _rows(
+def _answered(
     model: Any,
     tokenizer: Any,
     sheet: Sheet,
     name: str,
-    domains: Sequence[int],
-    under: AbstractContextManager[None],
+    ready: Fitted,
     batch_size: int,
     max_new_tokens: int | None,
-) -> tuple[list[Row], float, int]:
-    """The rows, the seconds that scoring took, and how many rows of the sheet it scored."""
-    pad, rows = pad_token_id(tokenizer), sheet.rows(domains)
-    with under:
-        began = time.perf_counter()
-        scores = score_rows(
-            model,
-            sheet,
-            rows,
-            batch_size=batch_size,
-            pad_token_id=pad,
-            end_token_id=tokenizer.eos_token_id,
-        )
-        seconds = time.perf_counter() - began
-        found = domain_rows(sheet, scores, name, domains)
-        free = sheet.free_rows(domains) if max_new_tokens is not None else []
-        if not free or max_new_tokens is None:
-            return found, seconds, len(rows)
-        matched = match_rows(
-            model,
-            tokenizer,
-            sheet,
-            free,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-        )
-    return found + exact_match_rows(sheet, matched, name, domains), seconds, len(rows)
+) -> tuple[list[Row], float]:
+    """The rows of a method on all domains that it answers, and the seconds that scoring an example took."""
+    rows: list[Row] = []
+    seconds, num_rows = 0.0, 0
+    for own_expert, domains in _asked(ready, sheet):
+        with ready.under(own_expert):
+            found, took = scored_rows(
+                model,
+                tokenizer,
+                sheet,
+                name,
+                domains,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+            )
+        rows += found
+        seconds, num_rows = seconds + took, num_rows + len(sheet.rows(domains))
+    return rows, seconds / max(1, num_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -181,32 +182,70 @@ def _method_rows(
     rows, free = sheet.rows(method.domains), sheet.free_rows(method.domains)
     free = free if settings.exact_match else []
     batch_size = settings.batch_size or BATCH_SIZE
-    tick = _ticker(method.name, [rows, free], batch_size, progress)
-    pad = pad_token_id(tokenizer)
+    return scored_rows(
+        model,
+        tokenizer,
+        sheet,
+        method.name,
+        method.domains,
+        batch_size=batch_size,
+        max_new_tokens=settings.generate_max_new_tokens if settings.exact_match else None,
+        around=around,
+        tick=_ticker(method.name, [rows, free], batch_size, progress),
+    )[0]
+
+
+def scored_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    sheet: Sheet,
+    name: str,
+    domains: Sequence[int],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None,
+    around: Any = None,
+    tick: Callable[[], None] | None = None,
+) -> tuple[list[Row], float]:
+    """The rows of one method on some domains, with the model as it answers now.
+
+    Args:
+        name: of the method, in its rows.
+        domains: indices of the domains.
+        batch_size: rows a forward pass.
+        max_new_tokens: longest written answer where exact match is wanted; None: it is not.
+        around, tick: as ``score_rows`` has them.
+
+    Returns:
+        Rows as in ``evaluation.json``, and the seconds that scoring took, without written answers.
+    """
+    pad, began = pad_token_id(tokenizer), time.perf_counter()
     scores = score_rows(
         model,
         sheet,
-        rows,
+        sheet.rows(domains),
         batch_size=batch_size,
         pad_token_id=pad,
         end_token_id=tokenizer.eos_token_id,
         around=around,
         tick=tick,
     )
-    found = domain_rows(sheet, scores, method.name, method.domains)
-    if not free:
-        return found
+    seconds = time.perf_counter() - began
+    found = domain_rows(sheet, scores, name, domains)
+    free = sheet.free_rows(domains) if max_new_tokens is not None else []
+    if not free or max_new_tokens is None:
+        return found, seconds
     matched = match_rows(
         model,
         tokenizer,
         sheet,
         free,
         batch_size=batch_size,
-        max_new_tokens=settings.generate_max_new_tokens,
+        max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         tick=tick,
     )
-    return found + exact_match_rows(sheet, matched, method.name, method.domains)
+    return found + exact_match_rows(sheet, matched, name, domains), seconds
 
 
 def _ticker(

@@ -221,6 +221,8 @@ def test_other_values_on_the_same_folder_are_refused_with_the_way_on(
     assert "run.name=NAME" in said and f"rm -r {folder}" in said
     _, said = finished(compare(path, "evaluation.max_examples=2", "--seeds", "0"), 2)
     assert "evaluation.max_examples: null there, 2 here" in said
+    _, said = finished(compare(path, "--seeds", "0", "comparison.method_settings={uniform: {a: 1}}"), 2)
+    assert "methods/" in said and "made from other values" in said
 
 
 def test_another_comparison_takes_over_what_is_the_same(
