@@ -63,6 +63,13 @@ class Assignment:
         gate_TC = weights_TK.new_zeros(len(self.indices_TK), max(1, len(chosen_C)))
         return gate_TC.scatter_add(1, slots_TK, weights_TK)[:, : len(chosen_C)]
 
+    @property
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices ``[T, K]``, -1 for no expert, and weights; of a gate all of them."""
+        if self.indices_TK is None or self.weights_TK is None:
+            return self.as_pairs()
+        return self.indices_TK, self.weights_TK
+
     def as_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices ``[T, K]`` in 0..E-1 and weights ``[T, K]``; absent pairs become expert 0 with weight 0."""
         if self.gate_TE is not None:

@@ -13,9 +13,8 @@ from torch import nn
 
 from dsmixer.experts.apart import Outputs, PerToken, sum_apart
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.dense import choose_form
 from dsmixer.experts.dropout import Dropout
-from dsmixer.experts.few import ServedBank, are_few
+from dsmixer.experts.few import ServedBank, are_few, is_small
 from dsmixer.experts.forms import auto_form, forms
 from dsmixer.experts.init import kaiming_rows, named_generator
 
@@ -46,7 +45,7 @@ class ExpertBank(nn.Module):
         ranks: rank of each expert; 0 marks an expert that has nothing on this projection.
         alphas: PEFT's ``lora_alpha`` of each expert.
         rslora: scale by ``alpha / sqrt(R)``.
-        compute: ``auto``, ``loop``, ``dense`` or ``grouped``.
+        compute: ``auto``, ``loop``, ``dense``, ``grouped`` or ``blocked``.
         rank: R, padded; None for what ``ranks`` needs. Banks of one projection on several ranks share it.
         device: where the weights live; ``meta`` counts without allocating.
     """
@@ -70,7 +69,7 @@ class ExpertBank(nn.Module):
         self.ranks, self.alphas, self.rslora = tuple(ranks), tuple(alphas), rslora
         self.rank = padded_rank(ranks) if rank is None else rank
         self.compute = compute
-        self._small = choose_form(len(names), self.rank) == "dense"
+        self._small = is_small(len(names), self.rank)
         self.lora_A = nn.Parameter(torch.zeros(len(names), self.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(len(names), self.rank, out_features, device=device))
         scaling = [lora_scaling(r, a, rslora) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)]

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import torch
 
+CHOSEN_SHARE = 0.5
+"""Of a bank: where more of it is named, it is taken whole, for the copies cost more than the rest."""
+
 
 def take(bank_EXY: torch.Tensor, chosen_C: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The chosen experts of a bank in the dtype of the products, ``[C, X, Y]``; None: all of them."""
     return (bank_EXY if chosen_C is None else bank_EXY.index_select(0, chosen_C)).to(dtype)
 
 
-def put(
-    grad_CXY: torch.Tensor | None, chosen_C: torch.Tensor | None, bank_EXY: torch.Tensor
-) -> torch.Tensor | None:
+def put(grad_CXY: torch.Tensor, chosen_C: torch.Tensor | None, bank_EXY: torch.Tensor) -> torch.Tensor:
     """The gradient of a bank from that of its chosen experts, ``[E, X, Y]``; the others' is zero."""
-    if grad_CXY is None:
-        return None
     grad_CXY = grad_CXY.to(bank_EXY.dtype)
     if chosen_C is None:
         return grad_CXY

@@ -11,15 +11,8 @@ from typing import Any
 import torch
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.chosen import put, take
+from dsmixer.experts.chosen import CHOSEN_SHARE, put, take
 from dsmixer.experts.dropout import Dropout, Masked, scaling_under
-
-DENSE_LIMIT = 512  # E*R up to which one wide product is taken: six experts of rank 64 are 384
-
-
-def choose_form(num_experts: int, rank: int) -> str:
-    """``dense`` while E*R is small, ``grouped`` while it is not."""
-    return "dense" if num_experts * rank <= DENSE_LIMIT else "grouped"
 
 
 def dense_form(
@@ -31,9 +24,9 @@ def dense_form(
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """``(x A_cat^T * gate) B_cat``: two wide products with the gate between them."""
-    chosen_C = None
-    if choose_form(*a_ERD.shape[:2]) != "dense":
-        chosen_C = assignment.chosen_C
+    chosen_C = assignment.chosen_C
+    if chosen_C is not None and len(chosen_C) > CHOSEN_SHARE * assignment.num_experts:
+        chosen_C = None
     weights_TK, indices_TK = assignment.weights_TK, assignment.indices_TK
     if assignment.gate_TE is not None:
         weights_TK = assignment.gate_TE
@@ -81,7 +74,8 @@ class _Dense(torch.autograd.Function):
             a_grad = (down_TF.T @ seen.x_TD).view_as(a_CRD) if need_a else None
             x_grad = seen.gradient(down_TF @ a_CRD.flatten(0, 1)) if need_x else None
         # last, because whole banks push everything else out of the caches
-        a_grad, b_grad = put(a_grad, chosen_C, a_ERD), put(b_grad, chosen_C, b_ERO)
+        a_grad = None if a_grad is None else put(a_grad, chosen_C, a_ERD)
+        b_grad = None if b_grad is None else put(b_grad, chosen_C, b_ERO)
         return x_grad, a_grad, b_grad, weights_grad, None, None, None, None
 
 

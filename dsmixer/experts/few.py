@@ -17,6 +17,13 @@ from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.dropout import Dropout, drop
 
 MAX_PAIRS = 64  # from there on sorting costs less than to take each pair's matrices
+SMALL_POOL = 512
+"""E*R up to which one wide product of the whole pool is the other way for a few tokens."""
+
+
+def is_small(num_experts: int, rank: int) -> bool:
+    """Whether a few tokens can as well meet the whole pool."""
+    return num_experts * rank <= SMALL_POOL
 
 
 def suits_few(x_TD: torch.Tensor, assignment: Assignment, num_experts: int, *, small: bool) -> bool:

@@ -1,21 +1,22 @@
-"""Four ways to compute the same sum over experts, and the choice between them.
+"""Ways to compute the same sum over experts, and the choice between them.
 
     y_t = sum_e gate_te * s_e * B_e A_e x_t
 
 ``loop`` is the reference. ``dense`` makes one wide product of all experts, for pools where E*R is small.
-``grouped`` sorts the (token, expert) pairs by expert and multiplies each expert's own rows. ``few`` takes
-each pair by itself: for the few tokens of a decoding step, where no gradient is wanted.
+``pairs`` lays the pairs of a token and an expert out by expert, so that each expert's rows meet its own
+matrices: ``grouped`` one after the other, ``blocked`` in blocks of one length, or the one of the two that
+suits. ``few`` takes each pair by itself: for the few tokens of a decoding step, where no gradient is wanted.
 
-``dense`` and ``grouped`` keep for the backward pass their input, the weights of the pairs and which experts
-they name, all as they were given, and nothing else: the products of size T*E*R are made again, and so is the
-mask of dropout, from its seed. So projections that read one input share what is kept of it. The parameters
-themselves are kept, not casts or views of them, so that ZeRO-3 may release and gather them between the two
-passes.
+All but ``loop`` and ``few`` keep for the backward pass their input, the weights of the pairs and which
+experts they name, all as they were given, and nothing else: the products of size T*E*R are made again, and so
+is the mask of dropout, from its seed. So projections that read one input share what is kept of it. The
+parameters themselves are kept, not casts or views of them, so that ZeRO-3 may release and gather them between
+the two passes.
 
-Both take from a bank only the C experts that the pairs name, so that their cost follows the chosen experts
-and not the pool. On the CPU C is counted. On a device a count would make the host wait: C is then a bound,
-the number of pairs, and where that is no less than E the whole bank is taken as it is. What still grows with
-the pool is the zeros of a gradient that has the shape of the bank (``empty_gradient``).
+They take from a bank only the C experts that the pairs name, so that their cost follows the chosen experts
+and not the pool; where that is most of the bank, it is taken as it is, without a copy. On the CPU C is
+counted. On a device a count would make the host wait: C is then a bound, the number of pairs. What still
+grows with the pool is the zeros of a gradient that has the shape of the bank (``empty_gradient``).
 
 Shapes: T tokens, D input width, O output width, E experts, C chosen experts, R LoRA rank, K experts a token,
 N pairs of a token and an expert.
@@ -28,9 +29,11 @@ from collections.abc import Callable
 import torch
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.dense import choose_form, dense_form
+from dsmixer.experts.blocked import blocked_form
+from dsmixer.experts.choice import choose_form, pairs_form
+from dsmixer.experts.dense import dense_form
 from dsmixer.experts.dropout import Dropout, drop
-from dsmixer.experts.few import few_form, suits_few
+from dsmixer.experts.few import few_form, is_small, suits_few
 from dsmixer.experts.grouped import grouped_form
 
 # (x_TD, a_ERD, b_ERO, s_E, assignment, dropout of x) -> y_TO
@@ -47,13 +50,11 @@ def auto_form(
     assignment: Assignment,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """The form that suits the pool or, in a large one, the experts that were chosen."""
+    """The form that is fastest for the tokens and how they chose."""
     num_experts, rank = a_ERD.shape[:2]
-    form = choose_form(num_experts, rank)
-    if suits_few(x_TD, assignment, num_experts, small=form == "dense"):
-        return few_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
-    if form != "dense" and assignment.chosen_C is not None:
-        form = choose_form(len(assignment.chosen_C), rank)
+    form = choose_form(x_TD, rank, assignment)
+    if suits_few(x_TD, assignment, num_experts, small=is_small(num_experts, rank)):
+        form = "few"
     return forms[form](x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
 
 
@@ -76,4 +77,11 @@ def loop_form(
     return y_TO
 
 
-forms: dict[str, Form] = {"loop": loop_form, "dense": dense_form, "grouped": grouped_form, "few": few_form}
+forms: dict[str, Form] = {
+    "loop": loop_form,
+    "dense": dense_form,
+    "pairs": pairs_form,
+    "grouped": grouped_form,
+    "blocked": blocked_form,
+    "few": few_form,
+}

@@ -12,19 +12,21 @@ from __future__ import annotations
 import torch
 
 
-def preserve_term(
-    weights: torch.Tensor, origin: torch.Tensor, beta_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient and value of the term on a block of rows.
+def add_preserve(
+    gradient: torch.Tensor, weights: torch.Tensor, origin: torch.Tensor, beta_rows: torch.Tensor
+) -> torch.Tensor:
+    """Add the term's gradient on a block of rows in place.
 
     Args:
+        gradient: of everything else, ``[rows, width]``.
         weights: theta, ``[rows, width]``.
         origin: theta(0), ``[rows, width]``.
         beta_rows: beta of each row, ``[rows, 1]``; 0 for rows that are not held.
 
     Returns:
-        the gradient ``[rows, width]`` and the value of each row, ``[rows]``.
+        the value of each row, ``[rows]``.
     """
     moved = weights - origin
-    pulled = beta_rows * moved
-    return 2.0 * pulled, (pulled * moved).sum(1)
+    values = torch.linalg.vector_norm(moved, dim=1).square_() * beta_rows.squeeze(1)
+    gradient.add_(moved.mul_(2.0 * beta_rows))
+    return values

@@ -175,4 +175,4 @@ def _outputs_work(request: PlanRequest, stage: StageShape, projection: Projectio
     block; and the gradient of the whole input."""
     b, each = request.base_bytes, stage.tokens * (stage.named(request.pool.num_experts) or 1)
     elements = min(each * max(projection.in_features, projection.out_features), OUTPUT_ELEMENTS)
-    return elements * (4 * b + 3 * FLOAT32) + stage.tokens * b * projection.in_features
+    return elements * (2 * b + 3 * FLOAT32) + stage.tokens * b * projection.in_features

@@ -83,6 +83,13 @@ def _shards_zero3(zero: Any, names: Mapping[int, str]) -> list[Shard]:
     return found
 
 
+def keep_gradients(engine: Any) -> None:
+    """Let gradients that no rank shares lie where they are: DeepSpeed would copy all of them into a buffer,
+    reduce it over the one rank, and copy them back."""
+    if zero_stage(engine) == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False
+
+
 def gradients(engine: Any, of: list[Shard]) -> list[list[torch.Tensor]]:
     """The averaged gradients of a finished accumulation, before ``engine.step``.
 

@@ -94,6 +94,7 @@ def start_engine(
     engine, *_ = deepspeed.initialize(
         model=mixture.model, optimizer=optimizer, config=ds_config, model_parameters=parameters
     )
+    groups.keep_gradients(engine)
     shards = groups.shards(engine)
     optimizer.bind(shards)
     shared = SharedExperts(engine, shards, layout)

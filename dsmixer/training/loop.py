@@ -192,8 +192,7 @@ class Loop:
         optimizer, engine = self.engine.optimizer, self.engine.engine
         plan = self.stage.plan(step, statistics)
         grads = self.engine.gradients()
-        preserve = optimizer.add_preserve(grads, plan)
-        sums = torch.cat((optimizer.squared_norms(grads, plan), preserve[None]))
+        sums = optimizer.measure(grads, plan)
         groups.sum_over_partitions(engine, sums)
         self.pulse.enter("updating")
         return sums, plan, grads

@@ -17,7 +17,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,49 +42,31 @@ class Keep:
     paged: bool = False
 
 
-class StackMoments(Protocol):
-    """One moment of a stack of rows."""
+class Float32Moment:
+    """Kept as it is.
 
-    def take(self, rows: Rows, part: slice) -> torch.Tensor:
-        """The rows of a part of the stack, ``[X, N, width]`` float32, to be changed and put back."""
+    Attributes:
+        values: ``[X, count, width]``, updated in place.
+    """
 
-    def put(self, rows: Rows, part: slice, values: torch.Tensor) -> None:
-        """Keep what was taken and changed."""
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
 
     def row(self, repeat: int, number: int) -> torch.Tensor:
         """One row in float32, ``[width]``."""
+        return self.values[repeat, number]
 
     def fill(self, values: torch.Tensor) -> None:
         """Replace all of it, by ``[X, count, width]`` float32 on any device."""
+        if values.data_ptr() != self.values.data_ptr():
+            self.values.copy_(values)
 
     def kept(self) -> Sequence[torch.Tensor]:
         """The tensors that it is."""
+        return (self.values,)
 
 
-class _Float32:
-    """Kept as it is; ``take`` is a view where the rows follow each other."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self._values = values
-
-    def take(self, rows: Rows, part: slice) -> torch.Tensor:
-        return rows.of(self._values[part])
-
-    def put(self, rows: Rows, part: slice, values: torch.Tensor) -> None:
-        rows.put(self._values[part], values)
-
-    def row(self, repeat: int, number: int) -> torch.Tensor:
-        return self._values[repeat, number]
-
-    def fill(self, values: torch.Tensor) -> None:
-        if values.data_ptr() != self._values.data_ptr():
-            self._values.copy_(values)
-
-    def kept(self) -> Sequence[torch.Tensor]:
-        return (self._values,)
-
-
-class _EightBit:
+class EightBitMoment:
     """Kept as places in a table of 256 numbers between -1 and 1, and the largest size in each block.
 
     ``lead``: elements of the first block that another rank has.
@@ -97,9 +79,11 @@ class _EightBit:
         self._sizes = zeros(blocks, torch.float32, keep.paged, device)
 
     def take(self, rows: Rows, part: slice) -> torch.Tensor:
+        """The rows of a part of the stack, ``[X, N, width]`` float32, to be changed and put back."""
         return self._table.decode(rows.of(self._places[part]), rows.of(self._sizes[part]), self._lead)
 
     def put(self, rows: Rows, part: slice, values: torch.Tensor) -> None:
+        """Keep what was taken and changed."""
         places, sizes = self._table.encode(values, self._lead)
         rows.set(self._places[part], places)
         rows.set(self._sizes[part], sizes)
@@ -117,8 +101,12 @@ class _EightBit:
         return (self._places, self._sizes)
 
 
+StackMoment = Float32Moment | EightBitMoment
+"""One moment of a stack of rows."""
+
+
 class _Table:
-    """The numbers of an 8-bit type, rising, on a device. ``lead`` as in ``_EightBit``."""
+    """The numbers of an 8-bit type, rising, on a device. ``lead`` as in ``EightBitMoment``."""
 
     def __init__(self, signed: bool, device: torch.device) -> None:
         from bitsandbytes.functional import create_dynamic_map
@@ -189,7 +177,7 @@ class Moments:
         self._shards, self._stacks, self._keep = shards, stacks, keep
         self._flats: dict[tuple[str, int], torch.Tensor] = {}
         self._tables: dict[tuple[str, torch.device], _Table] = {}
-        self._of: dict[tuple[str, int], list[StackMoments]] = {}
+        self._of: dict[tuple[str, int], list[StackMoment]] = {}
         for kind in KINDS:
             for index, shard in enumerate(shards):
                 device = shard.weights.device
@@ -203,17 +191,17 @@ class Moments:
 
     def _make(
         self, kind: str, index: int, stack: Stack, of_routers: bool, device: torch.device
-    ) -> StackMoments:
+    ) -> StackMoment:
         if (kind, index) in self._flats:
-            return _Float32(stack.of(self._flats[kind, index]))
+            return Float32Moment(stack.of(self._flats[kind, index]))
         if of_routers:
-            return _Float32(zeros(stack.shape, torch.float32, self._keep.paged, device))
+            return Float32Moment(zeros(stack.shape, torch.float32, self._keep.paged, device))
         key = (kind, device)
         if key not in self._tables:
             self._tables[key] = _Table(signed=kind == "exp_avg", device=device)
-        return _EightBit(stack, self._tables[key], self._keep, device)
+        return EightBitMoment(stack, self._tables[key], self._keep, device)
 
-    def of(self, index: int, number: int) -> list[StackMoments]:
+    def of(self, index: int, number: int) -> list[StackMoment]:
         """Both moments of the ``number``-th stack of a shard."""
         return [self._of[kind, index][number] for kind in KINDS]
 

@@ -12,19 +12,24 @@ and not the pool: an expert that no token reached has a gradient of zero, and is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import torch
 
-from dsmixer.losses.preserve import preserve_term
+from dsmixer.losses.preserve import add_preserve
 from dsmixer.placement.layout import ExpertLayout
 from dsmixer.placement.pieces import Shard
-from dsmixer.training.moments import KINDS, Keep, Moments, StackMoments
+from dsmixer.training.moments import KINDS, EightBitMoment, Float32Moment, Keep, Moments, StackMoment
 from dsmixer.training.rows import Reached, Rows, Span, Stack, reached_rows, spans_of, stacked
 
-AT_ONCE = 2**20  # elements that one update makes temporary tensors of, unless a single span has more
+AT_ONCE = 2**20
+"""Elements of a stack whose moments are decoded at a time, unless a single span has more."""
+IN_CACHE = 2**18
+"""Elements of a gradient that are read again while a processor's cache still holds them."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,26 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class _Coefficients:
-    """Of the reached rows of a span, ``[N, 1]`` each: clip coefficient, learning rate, rate over the first
-    bias correction, root of the second."""
+class _StepOfUnits:
+    """What a step does with each unit: the count of its steps, a scalar on the device, the coefficient of its
+    gradient, and its learning rate."""
 
-    clip: torch.Tensor
-    rate: torch.Tensor
-    step_size: torch.Tensor
-    root_correction: torch.Tensor
+    steps: Sequence[torch.Tensor]
+    clip: Sequence[float]
+    rate: Sequence[float]
+
+
+@dataclass
+class _Updates:
+    """Rows that one call of torch's kernel updates, all with one learning rate."""
+
+    weights: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    exp_avgs: list[torch.Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
+    steps: list[torch.Tensor] = field(default_factory=list)
+    clipped: list[torch.Tensor] = field(default_factory=list)
+    clips: list[float] = field(default_factory=list)
 
 
 class ExpertAdamW(torch.optim.Optimizer):
@@ -93,7 +110,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         self._stacks: list[list[Stack]] = []
         self._units: dict[tuple[int, ...], torch.Tensor] = {}
         self._reached: dict[tuple[int, ...], Reached | None] = {}
-        self._coefficients: dict[tuple[int, ...], list[_Coefficients]] | None = None
+        self._of_units: _StepOfUnits | None = None
 
     def bind(self, shards: Sequence[Shard]) -> None:
         """Learn the partitions and make their moments."""
@@ -128,43 +145,44 @@ class ExpertAdamW(torch.optim.Optimizer):
         return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat)
 
     @torch.no_grad()
-    def add_preserve(self, grads: list[list[torch.Tensor]], plan: StepPlan) -> torch.Tensor:
-        """Add the preserve term's gradient in place; returns its value over this rank's shards."""
-        values_U = torch.zeros(self.num_units, device=self._device())
-        if self.origin is None or plan.preserve_beta is None:
-            return values_U.sum()
-        beta_U = plan.preserve_beta.to(values_U.device)
-        for index, span, rows, grad_XY in self._reached_spans(grads, plan):
-            weights = rows.of(span.of(self._shards[index].flat()))
-            origin = rows.of(span.of(self.origin[index])).to(weights.device)
-            pull, values = preserve_term(weights, origin, beta_U[rows.units][:, None])
-            rows.add(grad_XY, pull)
-            rows.add_units(values_U, values)
-        return (values_U * self.counted_U).sum()
+    def measure(self, grads: list[list[torch.Tensor]], plan: StepPlan) -> torch.Tensor:
+        """Add the preserve term's gradient in place, and measure what there is.
 
-    @torch.no_grad()
-    def squared_norms(self, grads: list[list[torch.Tensor]], plan: StepPlan) -> torch.Tensor:
-        """Squared gradient norm of each unit over this rank's shards, ``[U]`` float32; 0 for units that the
-        step did not reach."""
+        Returns:
+            over this rank's shards, the squared gradient norm of each unit, 0 for units that the step did not
+            reach, and last the value of the preserve term; ``[U + 1]`` float32.
+        """
         norms_U = torch.zeros(self.num_units, device=self._device())
-        for _, span, rows, grad_XY in self._reached_spans(grads, plan):
-            self._add_squares(span, norms_U, rows, grad_XY)
-        return norms_U * self.counted_U
-
-    def _add_squares(self, span: Span, norms_U: torch.Tensor, rows: Rows, grad_XY: torch.Tensor) -> None:
-        rows.add_units(norms_U, rows.of(grad_XY).float().square().sum(1))
+        values_U = torch.zeros_like(norms_U)
+        beta_U = None
+        if self.origin is not None and plan.preserve_beta is not None:
+            beta_U = plan.preserve_beta.to(norms_U.device)
+        for index, span, rows, grad_XY in self._reached_spans(grads, plan):
+            weights_XY, origin_XY = grad_XY, grad_XY
+            if beta_U is not None and self.origin is not None:
+                weights_XY, origin_XY = span.of(self._shards[index].flat()), span.of(self.origin[index])
+            for some in rows.blocks(max(1, IN_CACHE // span.width)):
+                grad = some.of(grad_XY)
+                if beta_U is not None:
+                    origin = some.of(origin_XY).to(grad.device)
+                    beta = beta_U[some.units][:, None]
+                    some.add_units(values_U, add_preserve(grad, some.of(weights_XY), origin, beta))
+                    some.put(grad_XY, grad)
+                some.add_units(norms_U, torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_())
+        counted = torch.stack((norms_U, values_U)) * self.counted_U
+        return torch.cat((counted[0], counted[1].sum()[None]))
 
     def _reached_spans(
         self, grads: list[list[torch.Tensor]], plan: StepPlan
     ) -> Iterator[tuple[int, Span, Rows, torch.Tensor]]:
-        """Index of the shard, span, its reached rows, and its gradient ``[rows, width]``."""
+        """Index of the shard, span, reached rows, and gradient of the span ``[rows, width]``."""
         self._look_at(plan)
         for index, (shard, piece_grads) in enumerate(zip(self._shards, grads, strict=True)):
             for piece, spans, grad in zip(shard.pieces, self._spans[index], piece_grads, strict=True):
                 for span in spans:
                     reached = self._reached[span.units]
-                    if reached is not None:
-                        yield index, span, reached.rows, span.of(grad, begins=piece.flat_start)
+                    for rows in () if reached is None else reached.parts:
+                        yield index, span, rows, span.of(grad, begins=piece.flat_start)
 
     def _look_at(self, plan: StepPlan) -> None:
         """Find the reached rows of all spans, once a step; spans of the same units share them."""
@@ -182,65 +200,101 @@ class ExpertAdamW(torch.optim.Optimizer):
         clip = self.settings.clip
         norms_U = squared_norms_U.sqrt()
         clip_U = torch.ones_like(norms_U) if clip is None else (clip / (norms_U + 1e-6)).clamp(max=1.0)
-        table_U4 = torch.cat((clip_U[:, None], self._rates(plan).to(clip_U.device)), dim=1)
-        self._coefficients = {
-            units: [_Coefficients(*table_U4[part.units].unsqueeze(-1).unbind(1)) for part in reached.parts]
-            for units, reached in self._reached.items()
-            if reached is not None
-        }
+        rates = [plan.learning_rate] * (self.num_units - 1) + [plan.router_learning_rate]
+        steps_U = self.steps.to(self._device(), torch.float32)
+        self._of_units = _StepOfUnits(steps_U.unbind(0), clip_U.tolist(), rates)
         for group in self.param_groups:
             group["lr"] = plan.learning_rate
-
-    def _rates(self, plan: StepPlan) -> torch.Tensor:
-        """The last three of ``_Coefficients`` for each unit, ``[U, 3]`` float32."""
-        beta1, beta2 = self.settings.betas
-        steps = self.steps.clamp_min(1).double()
-        rates = torch.full((self.num_units,), plan.learning_rate, dtype=torch.float64)
-        rates[-1] = plan.router_learning_rate
-        return torch.stack((rates, rates / (1 - beta1**steps), (1 - beta2**steps).sqrt()), dim=1).float()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the partitions that DeepSpeed has put into ``param_groups``."""
-        assert self._coefficients is not None, "prepare the step first"
+        assert self._of_units is not None, "prepare the step first"
+        updates: dict[float, _Updates] = defaultdict(_Updates)
         for group in self.param_groups:
             for weights in group["params"]:
                 index, grad = self._index[id(weights)], weights.grad.view(-1)
                 flats = (self._shards[index].flat(), grad)
                 for number, stack in enumerate(self._stacks[index]):
-                    self._update(stack.span, stack, flats, self.moments.of(index, number))
+                    reached = self._reached[stack.span.units]
+                    if reached is not None:
+                        moments = self.moments.of(index, number)
+                        self._update(updates, stack, reached.rows, flats, moments)
+        self._apply(updates)
 
     def _update(
-        self, span: Span, stack: Stack, flats: tuple[torch.Tensor, ...], moments: list[StackMoments]
+        self,
+        updates: dict[float, _Updates],
+        stack: Stack,
+        rows: Rows,
+        flats: tuple[torch.Tensor, ...],
+        moments: list[StackMoment],
     ) -> None:
-        """The reached rows of a stack, and no others, from weights and gradient of a shard."""
-        reached = self._reached[span.units]
-        if reached is None:
+        """Add the reached rows of a stack to what is to be updated; where its moments are kept in another
+        form, update them now, some at a time."""
+        inside = [moment.values for moment in moments if isinstance(moment, Float32Moment)]
+        if len(inside) == len(moments):
+            self._gather(updates, stack, rows, [*map(stack.of, flats), *inside])
             return
-        assert self._coefficients is not None
-        whole = [stack.of(flat) for flat in flats]
-        for rows, own in zip(reached.parts, self._coefficients[span.units], strict=True):
-            at_once = max(1, AT_ONCE // (rows.count * span.width))
-            for first in range(0, stack.repeats, at_once):
-                part = slice(first, first + at_once)
-                weights, grad = (rows.of(tensor[part]) for tensor in whole)
-                taken = [moment.take(rows, part) for moment in moments]
-                self._adamw([weights, grad, *taken], own)
-                rows.put(whole[0][part], weights)
-                for moment, values in zip(moments, taken, strict=True):
-                    moment.put(rows, part, values)
+        encoded = [moment for moment in moments if isinstance(moment, EightBitMoment)]
+        at_once = max(1, AT_ONCE // (rows.count * stack.span.width))
+        for first in range(0, stack.repeats, at_once):
+            part = slice(first, first + at_once)
+            taken = [moment.take(rows, part) for moment in encoded]
+            some: dict[float, _Updates] = defaultdict(_Updates)
+            self._gather(some, stack, rows, [stack.of(flat)[part] for flat in flats], taken)
+            self._apply(some)
+            for moment, values in zip(encoded, taken, strict=True):
+                moment.put(rows, part, values)
 
-    def _adamw(self, tensors: list[torch.Tensor], own: _Coefficients) -> None:
-        """torch.optim.AdamW's arithmetic, with a row's own clip, rate and bias corrections."""
-        weights, grad, exp_avg, exp_avg_sq = tensors
+    def _gather(
+        self,
+        updates: dict[float, _Updates],
+        stack: Stack,
+        rows: Rows,
+        whole: Sequence[torch.Tensor],
+        taken: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Add the reached rows of ``[X, count, width]`` tensors to what is to be updated, beside those that
+        were ``taken`` out already, ``[X, N, width]``: weights, gradient and both moments, in this order."""
+        assert self._of_units is not None
+        units = [stack.span.units[place] for place in rows.listed]
+        cut = [
+            [of_repeat[place] for of_repeat in _rows_of(tensor) for place in rows.listed] for tensor in whole
+        ]
+        cut += [[row for of_repeat in _rows_of(tensor) for row in of_repeat] for tensor in taken]
+        for unit, weights, grad, exp_avg, exp_avg_sq in zip(cycle(units), *cut, strict=False):
+            to = updates[self._of_units.rate[unit]]
+            to.weights.append(weights)
+            to.grads.append(grad)
+            to.exp_avgs.append(exp_avg)
+            to.exp_avg_sqs.append(exp_avg_sq)
+            to.steps.append(self._of_units.steps[unit])
+            if self._of_units.clip[unit] < 1:
+                to.clipped.append(grad)
+                to.clips.append(self._of_units.clip[unit])
+
+    def _apply(self, updates: Mapping[float, _Updates]) -> None:
+        """torch.optim.AdamW's arithmetic with each row's own clip and step count, in one pass over all."""
         beta1, beta2 = self.settings.betas
-        grad = grad * own.clip
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if self.settings.weight_decay:
-            weights.mul_(1 - own.rate * self.settings.weight_decay)
-        denominator = (exp_avg_sq.sqrt() / own.root_correction).add_(self.settings.eps)
-        weights.sub_(own.step_size * (exp_avg / denominator))
+        for rate, to in updates.items():
+            if to.clipped:
+                torch._foreach_mul_(to.clipped, to.clips)
+            torch._fused_adamw_(
+                *(to.weights, to.grads, to.exp_avgs, to.exp_avg_sqs, [], to.steps),
+                lr=rate,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=self.settings.weight_decay,
+                eps=self.settings.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def _device(self) -> torch.device:
         return self._shards[0].weights.device
+
+
+def _rows_of(stack: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """``[X, N, width]`` cut into its rows."""
+    return [of_repeat.unbind(0) for of_repeat in stack.unbind(0)]

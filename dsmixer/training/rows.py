@@ -8,7 +8,7 @@ more, which no step reaches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,9 @@ import torch
 from dsmixer.placement.layout import ExpertLayout
 from dsmixer.placement.pieces import Piece, is_bank
 
-FEW_RUNS = 5  # fewer runs of rows than this are updated in place, one after the other
+FEW_RUNS = 5
+"""Fewer runs of rows than this are taken one after the other on a device; on the CPU, where no kernel has to
+be launched, all are."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,19 @@ class Rows:
     """The N rows of a span that a step reached, and their units.
 
     Rows that follow each other are taken as a view; others are copied out, and back in.
+
+    Attributes:
+        places, units: on the device of the span.
+        listed: the places, on the host.
     """
 
     places: slice | torch.Tensor
     units: slice | torch.Tensor
-    count: int
+    listed: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.listed)
 
     def of(self, span: torch.Tensor) -> torch.Tensor:
         """``[..., count, width]`` to ``[..., N, width]``."""
@@ -68,12 +78,6 @@ class Rows:
         else:
             span[..., self.places, :] = rows
 
-    def add(self, span: torch.Tensor, rows: torch.Tensor) -> None:
-        if isinstance(self.places, torch.Tensor):
-            span.index_add_(-2, self.places, rows)
-        else:
-            span[..., self.places, :].add_(rows)
-
     def add_units(self, values_U: torch.Tensor, values_N: torch.Tensor) -> None:
         """Add a value of each row to that of its unit."""
         if isinstance(self.units, torch.Tensor):
@@ -81,11 +85,22 @@ class Rows:
         else:
             values_U[self.units].add_(values_N)
 
+    def blocks(self, length: int) -> Iterator[Rows]:
+        """``length`` rows at a time."""
+        for first in range(0, self.count, length):
+            places, units = (_cut(of, first, length) for of in (self.places, self.units))
+            yield Rows(places, units, self.listed[first : first + length])
+
+
+def _cut(indices: slice | torch.Tensor, first: int, length: int) -> slice | torch.Tensor:
+    if isinstance(indices, torch.Tensor):
+        return indices[first : first + length]
+    return slice(indices.start + first, min(indices.start + first + length, indices.stop))
+
 
 @dataclass(frozen=True)
 class Reached:
-    """The rows that a step reached, together, and as the parts in which they are updated: their runs where
-    those are few, which needs no copy."""
+    """The rows that a step reached, together, and their runs where those can be taken one by one."""
 
     rows: Rows
     parts: tuple[Rows, ...]
@@ -99,12 +114,13 @@ def reached_rows(units_X: torch.Tensor, reached_U: torch.Tensor, device: torch.d
         return None
 
     def rows(places: torch.Tensor) -> Rows:
-        return Rows(_run_or_index(places, device), _run_or_index(units_X[places], device), len(places))
+        indices = _run_or_index(places, device), _run_or_index(units_X[places], device)
+        return Rows(*indices, tuple(places.tolist()))
 
     together = rows(places_N)
     cuts = (places_N.diff() != 1).nonzero().flatten() + 1
-    few = 0 < len(cuts) < FEW_RUNS
-    return Reached(together, tuple(map(rows, places_N.tensor_split(cuts))) if few else (together,))
+    alone = len(cuts) > 0 and (device.type == "cpu" or len(cuts) < FEW_RUNS)
+    return Reached(together, tuple(map(rows, places_N.tensor_split(cuts))) if alone else (together,))
 
 
 def _run_or_index(indices: torch.Tensor, device: torch.device) -> slice | torch.Tensor:

@@ -157,14 +157,8 @@ def time_the_package(clock: Clock) -> None:
     _time_forward(clock)
     _time_exchange(clock)
     timed(clock, chosen, "empty_gradient", "bank passes")
-    for name in ("squared_norms", "add_preserve", "prepare"):
+    for name in ("measure", "prepare", "step"):
         timed(clock, ExpertAdamW, name, "optimizer")
-
-    def of_unit(optimizer: ExpertAdamW, span: Any, *rest: Any) -> str:
-        return "router" if span.units[-1] == optimizer.num_units - 1 else "optimizer"
-
-    for name in ("_add_squares", "_update"):
-        timed(clock, ExpertAdamW, name, of_unit)
     timed(clock, Loop, "_reduce", lambda loop, sums, seen: "other" if seen is None else "router")
 
 

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.dense import choose_form
 from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.forms import forms
 
-FAST = ("dense", "grouped")
+FAST = ("dense", "grouped", "blocked", "pairs")
 LEAVES = ("x", "a", "b", "weights")
 
 
@@ -265,8 +264,3 @@ def test_forward_keeps_the_input_the_pairs_and_the_weights_of_the_model_as_they_
         kept.pop(indices_TK.untyped_storage().data_ptr())
     # the scaling, and for the sorted form of a gate the numbers of the experts
     assert sum(kept.values()) <= (4 + 8) * case.E
-
-
-def test_the_wide_product_serves_small_pools_and_grouping_large_ones() -> None:
-    assert choose_form(6, 64) == "dense"
-    assert choose_form(196, 16) == "grouped"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.bank import ExpertBank
-from dsmixer.experts.dense import DENSE_LIMIT
+from dsmixer.experts.blocked import blocked_pairs
 from dsmixer.experts.forms import auto_form, forms
-from dsmixer.experts.grouped import _Grouped, _sort_pairs
+from dsmixer.experts.grouped import sorted_pairs
+from dsmixer.experts.pairs import Pairs, Sorted, by_pairs, sort_pairs
 
 E, R, D, O, T, K = 100, 8, 6, 4, 9, 3
 """E * R is above the limit of the dense form, the pairs are fewer than the experts."""
@@ -60,11 +64,10 @@ def gradients(y: torch.Tensor, given: dict[str, torch.Tensor]) -> tuple[torch.Te
     )
 
 
-@pytest.mark.parametrize("form", ["dense", "grouped", "auto"])
+@pytest.mark.parametrize("form", ["dense", "grouped", "blocked", "auto"])
 @pytest.mark.parametrize("among", CHOICES.values(), ids=CHOICES.keys())
 def test_the_chosen_experts_of_a_large_pool_speak_and_learn_as_in_a_loop(among: list[int], form: str) -> None:
     given, indices_TK, s_E = leaves(), pairs_of(among), torch.linspace(0.5, 2, E, dtype=torch.float64)
-    assert E * R > DENSE_LIMIT
     assignment = Assignment(E, indices_TK=indices_TK, weights_TK=given["weights"])
     compute = auto_form if form == "auto" else forms[form]
     y = compute(given["x"], given["a"], given["b"], s_E, assignment)
@@ -77,12 +80,22 @@ def test_the_chosen_experts_of_a_large_pool_speak_and_learn_as_in_a_loop(among: 
     assert not got[1][idle].any() and not got[2][idle].any()
 
 
+@pytest.mark.parametrize("lay_out", [sorted_pairs, blocked_pairs])
+@pytest.mark.parametrize("absent", [0, 7])
 @pytest.mark.parametrize("among", CHOICES.values(), ids=CHOICES.keys())
-def test_a_bound_on_the_chosen_experts_does_for_their_number(among: list[int]) -> None:
-    """What a device does, where the number is not known: slots to spare change nothing."""
+def test_layouts_that_look_at_no_number_give_the_same(
+    among: list[int], absent: int, lay_out: Callable[[Sorted], Pairs]
+) -> None:
+    """What a device does, where numbers are bounds: slots and blocks to spare change nothing."""
     given, indices_TK = leaves(), pairs_of(among)
+    indices_TK.view(-1)[:absent] = -1
     expected = by_loop(given, indices_TK, torch.ones(E, dtype=torch.float64))
-    y = _Grouped.apply(*given.values(), indices_TK, torch.ones(E), T * K, None)
+
+    def unseen(indices_TK: torch.Tensor) -> Pairs:
+        return lay_out(replace(sort_pairs(indices_TK, E), seen=False))
+
+    x_TD, a_ERD, b_ERO, weights_TK = given.values()
+    y = by_pairs(x_TD, a_ERD, b_ERO, torch.ones(E), (indices_TK, weights_TK), unseen, None)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for left, right in zip(gradients(y, given), gradients(expected, given), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
@@ -92,9 +105,9 @@ def test_pairs_are_counted_by_what_is_chosen_and_not_by_the_pool() -> None:
     indices_TK = torch.tensor([[5, 900], [-1, 5], [17, -1]])
     assignment = Assignment(1000, indices_TK=indices_TK, weights_TK=torch.ones(3, 2))
     assert assignment.chosen_C is not None and assignment.chosen_C.tolist() == [5, 17, 900]
-    pairs = _sort_pairs(indices_TK, 1000, 3)
+    pairs = sorted_pairs(sort_pairs(indices_TK, 1000))
     assert pairs.chosen_C is not None and pairs.chosen_C.tolist() == [5, 17, 900]
-    assert pairs.ends_C.tolist() == [2, 3, 4] and pairs.order_N.tolist() == [0, 3, 4, 1]
+    assert pairs.ends_C.tolist() == [2, 3, 4] and pairs.pair_I.tolist() == [0, 3, 4, 1]
 
 
 def test_a_large_pool_s_bank_takes_the_wide_product_where_few_are_chosen() -> None:

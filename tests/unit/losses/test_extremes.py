@@ -10,7 +10,7 @@ import torch
 
 from dsmixer.losses.balance import routing_losses
 from dsmixer.losses.interface import Extras
-from dsmixer.losses.preserve import preserve_term
+from dsmixer.losses.preserve import add_preserve
 from dsmixer.losses.terms import RoutingTerms, published
 from dsmixer.routing.modes import Routing, modes
 from dsmixer.routing.router import Router
@@ -167,5 +167,6 @@ def test_outputs_that_have_no_direction_or_all_the_same(form: str, case: str, dt
 def test_preserve_by_hand() -> None:
     """(3, 1) from (1, 2) at beta 1/2: (4 + 1) / 2, pulled by 2 * 1/2 * (2, -1); the second is not held."""
     weights, origin = torch.tensor([[3.0, 1.0], [9.0, 9.0]]), torch.tensor([[1.0, 2.0], [0.0, 0.0]])
-    gradient, value = preserve_term(weights, origin, torch.tensor([[0.5], [0.0]]))
+    gradient = torch.zeros(2, 2)
+    value = add_preserve(gradient, weights, origin, torch.tensor([[0.5], [0.0]]))
     assert gradient.tolist() == [[2.0, -1.0], [0.0, 0.0]] and value.tolist() == [2.5, 0.0]

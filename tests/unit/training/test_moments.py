@@ -83,7 +83,7 @@ class Trained:
         plan = StepPlan(RATE, RATE, torch.tensor([*reached, False]))
         self.shard.weights.grad = (grad * torch.tensor(reached)[:, None, None]).flatten()
         pieces = [[self.shard.weights.grad]]
-        self.optimizer.prepare(plan, self.optimizer.squared_norms(pieces, plan))
+        self.optimizer.prepare(plan, self.optimizer.measure(pieces, plan)[:-1])
         self.optimizer.step()
 
     @property

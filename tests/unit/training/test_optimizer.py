@@ -93,8 +93,7 @@ class Partitioned:
         sums = 0
         for optimizer, own in self.ranks:
             pieces = [self._set_grads(shard, grads) for shard in own]
-            preserve = optimizer.add_preserve(pieces, plan)
-            sums = sums + torch.cat((optimizer.squared_norms(pieces, plan), preserve[None]))
+            sums = sums + optimizer.measure(pieces, plan)
         for optimizer, own in self.ranks:
             optimizer.prepare(plan, sums[:-1])
             for shard in own:  # DeepSpeed steps one partition at a time
