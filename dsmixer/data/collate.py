@@ -93,8 +93,12 @@ class MicroBatch:
         return {**sides, "decoder_input_ids": self.input_ids}
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on another device."""
-        return self._mapped(lambda tensor: tensor.to(device))
+        """The same on another device; the host waits for no copy out of pinned memory."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same in memory that a GPU reads by itself."""
+        return self._mapped(torch.Tensor.pin_memory)
 
     def flat(self) -> MicroBatch:
         """The same tokens as one row, ``[1, B * S]``; no example sees another there either."""
@@ -128,6 +132,10 @@ class StepBatch:
     target_tokens: torch.Tensor
     real_tokens: int
     encoder_tokens: int = 0
+
+    def pinned(self) -> StepBatch:
+        """Its micro-batches in pinned memory."""
+        return replace(self, micro_batches=[micro.pinned() for micro in self.micro_batches])
 
 
 def collate(store: TokenStore, rows: Sequence[Sequence[int]], pad_token_id: int) -> MicroBatch:

@@ -18,9 +18,11 @@ from dsmixer.config.ds_json import deepspeed_config
 from dsmixer.config.recipe import dump_recipe
 from dsmixer.config.stages import Stage2Config, StageConfig
 from dsmixer.model.inject import Mixture
+from dsmixer.training.ahead import Ahead
 from dsmixer.training.data import StageData
 from dsmixer.training.engine import StageEngine, start_engine
 from dsmixer.training.health import Stopped
+from dsmixer.training.heap import keep_freed_memory
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.moments import Keep
 from dsmixer.training.optimizer import AdamSettings
@@ -122,20 +124,23 @@ def run_stage(state: RunState, number: int, data: StageData) -> StageEngine:
         engine.optimizer.hold_origin()
     once(state.world, lambda: _set_damaged_aside(state, number, start))
     stage = make_stage(state, number, data, usage)
-    loop = Loop(
-        world=state.world,
-        stage=stage,
-        engine=engine,
-        batch_of=data.batch,
-        describe=data.describe,
-        stop_request=state.stop_request,
-        seed=loaded.recipe.run.seed,
-        flat_rows=_attention_of(mixture.model).startswith("flash"),
-        nonfinite=state.nonfinite,
-        pulse=state.pulse,
-    )
-    if start < stage.num_steps:
-        _StageLog(state, stage, data, saved_step=start or None).run(loop, start)
+    if state.world.device.type == "cpu":
+        keep_freed_memory()
+    with Ahead(data.batch, stage.num_steps, state.world.device) as batch_of:
+        loop = Loop(
+            world=state.world,
+            stage=stage,
+            engine=engine,
+            batch_of=batch_of,
+            describe=data.describe,
+            stop_request=state.stop_request,
+            seed=loaded.recipe.run.seed,
+            flat_rows=_attention_of(mixture.model).startswith("flash"),
+            nonfinite=state.nonfinite,
+            pulse=state.pulse,
+        )
+        if start < stage.num_steps:
+            _StageLog(state, stage, data, saved_step=start or None).run(loop, start)
     return engine
 
 
