@@ -13,6 +13,7 @@ from torch import nn
 
 from dsmixer.experts.apart import Outputs, PerToken, sum_apart
 from dsmixer.experts.assignment import Assignment
+from dsmixer.experts.choice import MEASURED, FormTable
 from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.few import ServedBank, are_few, is_small
 from dsmixer.experts.forms import auto_form, forms
@@ -48,6 +49,9 @@ class ExpertBank(nn.Module):
         compute: ``auto``, ``loop``, ``dense``, ``grouped`` or ``blocked``.
         rank: R, padded; None for what ``ranks`` needs. Banks of one projection on several ranks share it.
         device: where the weights live; ``meta`` counts without allocating.
+
+    Attributes:
+        table: what decides between the forms in ``auto``.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class ExpertBank(nn.Module):
         self.ranks, self.alphas, self.rslora = tuple(ranks), tuple(alphas), rslora
         self.rank = padded_rank(ranks) if rank is None else rank
         self.compute = compute
+        self.table: FormTable = MEASURED
         self._small = is_small(len(names), self.rank)
         self.lora_A = nn.Parameter(torch.zeros(len(names), self.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(len(names), self.rank, out_features, device=device))
@@ -117,8 +122,10 @@ class ExpertBank(nn.Module):
     ) -> torch.Tensor:
         """The weighted sum of the experts' outputs, ``[T, O]``, in the dtype of ``x_TD``, which ``dropout``
         masks first."""
-        form = auto_form if self.compute == "auto" else forms[self.compute]
-        return form(x_TD, self.lora_A, self.lora_B, self.scaling_on(x_TD.device), assignment, dropout)
+        banks = (self.lora_A, self.lora_B, self.scaling_on(x_TD.device))
+        if self.compute == "auto":
+            return auto_form(x_TD, *banks, assignment, dropout, self.table)
+        return forms[self.compute](x_TD, *banks, assignment, dropout)
 
     def serves(self, x_TD: torch.Tensor, top_k: int) -> bool:
         """Whether tokens that are only to be answered may skip the choice between forms.

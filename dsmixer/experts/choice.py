@@ -10,8 +10,10 @@ Shapes: T tokens, D input width, E experts, C chosen experts, R LoRA rank, K exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -37,33 +39,64 @@ class Costs:
     rank: float
     row: float
     call: float
-    always: int
+    always: float
     filled: float
     short: float
 
 
-ON_CPU = {
-    torch.float32: Costs(rank=1.3, row=45, call=2e7, always=0, filled=0.75, short=64),
-    torch.bfloat16: Costs(rank=1.3, row=120, call=6e7, always=0, filled=0.5, short=1500),
-}
-ON_DEVICE = Costs(rank=0, row=0, call=0, always=512, filled=1, short=0)
+@dataclass(frozen=True)
+class FormTable:
+    """What decides between the forms; the same table and the same tokens give the same form.
+
+    Attributes:
+        costs: by ``"cpu float32"``, kind of device and dtype; a device alone stands for its other dtypes.
+    """
+
+    costs: Mapping[str, Costs]
+
+    def of(self, x_TD: torch.Tensor) -> Costs:
+        """For the processor and the dtype of the tokens."""
+        device, dtype = x_TD.device.type, str(x_TD.dtype).removeprefix("torch.")
+        return self.costs.get(f"{device} {dtype}") or self.costs.get(device) or MEASURED.costs["cuda"]
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        return {name: asdict(costs) for name, costs in self.costs.items()}
+
+    @classmethod
+    def from_json(cls, value: Any) -> FormTable:
+        """What ``to_json`` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        names = {field.name for field in fields(Costs)}
+        if not isinstance(value, dict) or not all(isinstance(of, dict) for of in value.values()):
+            raise ValueError("it is no table of devices")
+        for name, of in value.items():
+            if of.keys() != names or any(
+                isinstance(n, bool) or not isinstance(n, int | float) for n in of.values()
+            ):
+                raise ValueError(f"{name!r} wants a number for each of {', '.join(sorted(names))}")
+        return cls({name: Costs(**of) for name, of in value.items()})
 
 
-def costs_of(x_TD: torch.Tensor) -> Costs:
-    """Of the processor and the dtype of the tokens."""
-    if x_TD.device.type != "cpu":
-        return ON_DEVICE
-    return ON_CPU.get(x_TD.dtype, ON_CPU[torch.float32])
+MEASURED = FormTable(
+    {
+        "cpu": Costs(rank=1.3, row=30, call=2e7, always=0, filled=0.75, short=64),
+        "cpu bfloat16": Costs(rank=1.3, row=120, call=6e7, always=0, filled=0.5, short=1500),
+        "cuda": Costs(rank=0, row=0, call=0, always=512, filled=1, short=0),
+    }
+)
+"""As ``tests.bench.forms`` found them on two cores with AMX; the line of CUDA is not measured."""
 
 
-def is_wide(x_TD: torch.Tensor, num_experts: int, rank: int, top_k: int) -> bool:
+def is_wide(costs: Costs, x_TD: torch.Tensor, num_experts: int, rank: int, top_k: int) -> bool:
     """Whether one wide product of so many experts costs no more than products by pairs."""
-    costs = costs_of(x_TD)
     by_pairs = top_k * (costs.rank * rank + costs.row) + costs.call / max(1, x_TD.numel())
     return num_experts * rank <= max(costs.always, by_pairs)
 
 
-def choose_form(x_TD: torch.Tensor, rank: int, assignment: Assignment) -> str:
+def choose_form(x_TD: torch.Tensor, rank: int, assignment: Assignment, table: FormTable = MEASURED) -> str:
     """``dense`` or ``pairs``."""
     indices_TK, num_experts = assignment.indices_TK, assignment.num_experts
     if indices_TK is None:
@@ -71,7 +104,7 @@ def choose_form(x_TD: torch.Tensor, rank: int, assignment: Assignment) -> str:
     chosen_C = assignment.chosen_C
     if chosen_C is not None and len(chosen_C) <= CHOSEN_SHARE * num_experts:
         num_experts = len(chosen_C)
-    return "dense" if is_wide(x_TD, num_experts, rank, indices_TK.shape[1]) else "pairs"
+    return "dense" if is_wide(table.of(x_TD), x_TD, num_experts, rank, indices_TK.shape[1]) else "pairs"
 
 
 def pairs_form(
@@ -81,9 +114,10 @@ def pairs_form(
     s_E: torch.Tensor,
     assignment: Assignment,
     dropout: Dropout | None = None,
+    table: FormTable = MEASURED,
 ) -> torch.Tensor:
     """By pairs, in the layout that suits how the experts are loaded."""
-    rank, costs = a_ERD.shape[1], costs_of(x_TD)
+    rank, costs = a_ERD.shape[1], table.of(x_TD)
     layout = partial(_layout, num_experts=assignment.num_experts, rank=rank, costs=costs)
     return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment.pairs, layout, dropout)
 

@@ -30,7 +30,7 @@ import torch
 
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.blocked import blocked_form
-from dsmixer.experts.choice import choose_form, pairs_form
+from dsmixer.experts.choice import MEASURED, FormTable, choose_form, pairs_form
 from dsmixer.experts.dense import dense_form
 from dsmixer.experts.dropout import Dropout, drop
 from dsmixer.experts.few import few_form, is_small, suits_few
@@ -49,13 +49,15 @@ def auto_form(
     s_E: torch.Tensor,
     assignment: Assignment,
     dropout: Dropout | None = None,
+    table: FormTable = MEASURED,
 ) -> torch.Tensor:
-    """The form that is fastest for the tokens and how they chose."""
+    """The form that is fastest for the tokens and how they chose, as the table says."""
     num_experts, rank = a_ERD.shape[:2]
-    form = choose_form(x_TD, rank, assignment)
     if suits_few(x_TD, assignment, num_experts, small=is_small(num_experts, rank)):
-        form = "few"
-    return forms[form](x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+        return few_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+    if choose_form(x_TD, rank, assignment, table) == "dense":
+        return dense_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+    return pairs_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, table)
 
 
 def loop_form(

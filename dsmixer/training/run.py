@@ -22,6 +22,7 @@ from dsmixer.placement.plan import Plan
 from dsmixer.training.checkpoints import Checkpoints
 from dsmixer.training.data import RunData, StageData, stage_data
 from dsmixer.training.finish import finish_run
+from dsmixer.training.form_table import keep_table
 from dsmixer.training.health import Stopped, StopRequest
 from dsmixer.training.heartbeat import watching
 from dsmixer.training.leaving import telling_disks
@@ -233,6 +234,7 @@ def _set_up(
     once(world, lambda: _claim(taken, checkpoints, lock))
     counts = count_weights(mixture)
     once(world, lambda: write_json(folder.plan, plan.to_dict()))
+    keep_table(world, folder.forms, mixture)
     if plan.chosen.fits is False:
         _say(world, "\n".join((*plan.notes, *(f"would fit: {line}" for line in plan.remedies))))
     if start.pool is not None:

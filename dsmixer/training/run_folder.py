@@ -32,6 +32,10 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def forms(self) -> Path:
+        return self.path / "forms.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from unit.placement.llama3 import STAGE1, STAGE2, request
 
 from dsmixer.config.errors import UserError
-from dsmixer.experts.choice import ON_DEVICE
+from dsmixer.experts.choice import MEASURED
 from dsmixer.placement import activations
 from dsmixer.placement.owners import owners_of, pack_slots
 from dsmixer.placement.plan import make_plan
@@ -156,7 +156,7 @@ def test_the_plan_is_plain_json_and_names_owners() -> None:
 
 
 def test_the_plan_knows_when_the_dense_form_ends() -> None:
-    assert ON_DEVICE.always == activations.DENSE_LIMIT
+    assert MEASURED.costs["cuda"].always == activations.DENSE_LIMIT
 
 
 def test_engine_sizes_come_from_the_engine_s_own_block() -> None:

@@ -1,0 +1,37 @@
+"""The table that decides between compute forms, kept with the run.
+
+Forms round differently. A run that goes on under another version, whose table is a better one, keeps its own
+and with it every bit of what the first start would have computed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dsmixer.config.errors import UserError
+from dsmixer.experts.choice import MEASURED, FormTable
+from dsmixer.model.inject import Mixture
+from dsmixer.training.world import World, once
+
+
+def keep_table(world: World, path: Path, mixture: Mixture) -> None:
+    """Give all banks the table of the run, which is written at its first start. A collective.
+
+    Raises:
+        UserError: the file is not such a table.
+    """
+    table = once(world, lambda: _read_or_write(path))
+    for mixer in mixture.mixers.values():
+        mixer.bank.table = table
+
+
+def _read_or_write(path: Path) -> FormTable:
+    if not path.exists():
+        path.write_text(json.dumps(MEASURED.to_json(), indent=1) + "\n", encoding="utf-8")
+        return MEASURED
+    try:
+        return FormTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        fix = "remove the file, and the measured table is used"
+        raise UserError(f"it is no table of compute forms: {error}", where=str(path), fix=fix) from error
