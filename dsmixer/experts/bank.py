@@ -15,7 +15,7 @@ from dsmixer.experts.apart import Outputs, PerToken, sum_apart
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.choice import MEASURED, FormTable
 from dsmixer.experts.dropout import Dropout
-from dsmixer.experts.few import ServedBank, are_few, is_small
+from dsmixer.experts.few import ServedBank, is_small
 from dsmixer.experts.forms import auto_form, forms
 from dsmixer.experts.init import kaiming_rows, named_generator
 
@@ -52,6 +52,7 @@ class ExpertBank(nn.Module):
 
     Attributes:
         table: what decides between the forms in ``auto``.
+        small: whether a few tokens can as well meet the whole pool.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ExpertBank(nn.Module):
         self.rank = padded_rank(ranks) if rank is None else rank
         self.compute = compute
         self.table: FormTable = MEASURED
-        self._small = is_small(len(names), self.rank)
+        self.small = is_small(len(names), self.rank)
         self.lora_A = nn.Parameter(torch.zeros(len(names), self.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(len(names), self.rank, out_features, device=device))
         scaling = [lora_scaling(r, a, rslora) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)]
@@ -126,22 +127,6 @@ class ExpertBank(nn.Module):
         if self.compute == "auto":
             return auto_form(x_TD, *banks, assignment, dropout, self.table)
         return forms[self.compute](x_TD, *banks, assignment, dropout)
-
-    def serves(self, x_TD: torch.Tensor, top_k: int) -> bool:
-        """Whether tokens that are only to be answered may skip the choice between forms.
-
-        Not where gradients are wanted, where weights and tokens are of unlike dtypes, and under ZeRO-3, which
-        releases weights that ``served`` would hold on to.
-        """
-        return (
-            self.compute == "auto"
-            and not torch.is_grad_enabled()
-            and x_TD.dtype == self.lora_A.dtype == self.lora_B.dtype
-            and not hasattr(self.lora_A, "ds_id")
-            and are_few(
-                x_TD, x_TD.shape[0] * min(top_k, self.num_experts), self.num_experts, small=self._small
-            )
-        )
 
     @property
     def served(self) -> ServedBank:

@@ -18,7 +18,7 @@ from dsmixer.experts.chosen import CHOSEN_SHARE
 from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.pairs import Sorted, by_pairs, sort_pairs
 
-FILLED = 0.5
+FILLED = 0.4
 """Share of the rows that have a pair, below which an expert's rows go into several blocks."""
 DEVICE_BLOCK = 64
 """Rows of a block on a device, where the longest would have to be waited for."""

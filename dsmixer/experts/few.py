@@ -37,13 +37,19 @@ def suits_few(x_TD: torch.Tensor, assignment: Assignment, num_experts: int, *, s
     """
     if assignment.indices_TK is None or torch.is_grad_enabled():
         return False
-    return are_few(x_TD, assignment.indices_TK.numel(), num_experts, small=small)
+    return _are_few(assignment.indices_TK.numel(), num_experts, small, _reads_in_place(x_TD))
 
 
-def are_few(x_TD: torch.Tensor, num_pairs: int, num_experts: int, *, small: bool) -> bool:
-    """Whether so many pairs are few, of tokens that need no gradient; the rest as ``suits_few``."""
+def most_tokens(like: torch.Tensor, top_k: int, num_experts: int, *, small: bool) -> int:
+    """How many tokens are few, of the dtype and on the device of ``like``; the rest as ``suits_few``."""
+    in_place = _reads_in_place(like)
+    found = (T for T in range(1, MAX_PAIRS + 1) if _are_few(T * top_k, num_experts, small, in_place))
+    return max(found, default=0)
+
+
+def _are_few(num_pairs: int, num_experts: int, small: bool, in_place: bool) -> bool:
     # where the matrices are copied before they are read, a pair costs about twice
-    cost = num_pairs if _reads_in_place(x_TD) else 2 * num_pairs
+    cost = num_pairs if in_place else 2 * num_pairs
     return num_pairs <= MAX_PAIRS and (cost <= num_experts or not small)
 
 

@@ -11,6 +11,7 @@ from dsmixer.experts.apart import PerToken
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.experts.dropout import Dropout, drop
+from dsmixer.model.served import ServedMixer
 from dsmixer.placement.exchange import Dispatched, Exchange, LocalExchange
 from dsmixer.routing.context import RoutingContext, Stream
 from dsmixer.routing.router import Router
@@ -57,6 +58,7 @@ class MixedLinear(nn.Module):
         self.exchange: Exchange = LocalExchange() if exchange is None else exchange
         self.router_index, self.shared, self.owns_router = router_index, shared, owns_router
         self.dropout, self.stream = dropout, stream
+        self._served: ServedMixer | None = None
 
     @property
     def context(self) -> RoutingContext:
@@ -65,15 +67,15 @@ class MixedLinear(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., D]`` to ``[..., O]``."""
         y = self.base(x, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            if self._served is None or not self._served.current():
+                self._served = ServedMixer.of(self)
+            if self._served is not None and self._served.takes(x, y):
+                return self._served.add(x, y)
         context, router = self._outside
         if context.routing.mode == "none":
             return y
         x_TD = _in_autocast(x.reshape(-1, x.shape[-1]))
-        if self._serves(x_TD, y):
-            choice = context.choose_unobserved(router, x_TD)
-            if choice is not None:
-                y_TO = y.view(-1, y.shape[-1])
-                return self.bank.served.add(y_TO, x_TD, choice.indices_TK, choice.weights_TK).view_as(y)
         shared_input = x if self.shared else None
         assignment = context.assign(
             router,
@@ -99,14 +101,6 @@ class MixedLinear(nn.Module):
         delta_TO = self.exchange.combine(self.bank(sent.x_MD, sent.assignment, dropout), sent)
         return y + delta_TO.view_as(y)
 
-    def _serves(self, x_TD: torch.Tensor, y: torch.Tensor) -> bool:
-        """Whether a few tokens are only to be answered, by experts that are all here."""
-        if self.shared or self.exchange.travels or (self.training and self.dropout):
-            return False
-        if not self.bank.serves(x_TD, self.context.routing.top_k) or _is_watched(self.base, self.bank):
-            return False
-        return y.dtype == x_TD.dtype and y.is_contiguous()
-
     def _give_outputs(self, x_TD: torch.Tensor, assignment: Assignment, dropout: Dropout | None) -> None:
         """To a loss on what the experts put out, of the input that they see."""
         assert not self.exchange.travels, "a token's experts are on several ranks"
@@ -127,11 +121,6 @@ class MixedLinear(nn.Module):
             if name in ("weight", "bias", "in_features", "out_features", "nf"):
                 return getattr(super().__getattr__("base"), name)
             raise
-
-
-def _is_watched(*modules: nn.Module) -> bool:
-    """Whether hooks look at what they take or put out."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _in_autocast(x_TD: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from dsmixer.experts.apart import PerToken
 from dsmixer.experts.assignment import Assignment
-from dsmixer.routing.modes import Choice, Routing, modes, topk_of_logits
+from dsmixer.routing.modes import Routing, modes, topk_of_logits
 from dsmixer.routing.requests import check_rows, forced_assignment, with_forced_rows
 from dsmixer.routing.router import Router
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
@@ -186,15 +186,6 @@ class RoutingContext:
             self._shared = kept
         return kept.assignment
 
-    def choose_unobserved(self, router: Router, x_TD: torch.Tensor) -> Choice | None:
-        """The pairs of tokens that are only to be answered, none absent.
-
-        None where somebody looks on, or the routing is another than renormalised ``topk`` for all rows.
-        """
-        if not self._unobserved or self.routing.rows is not None or not self.routing.renormalized_topk:
-            return None
-        return topk_of_logits(router(x_TD), self.routing)
-
     def once_a_block(self, assignment: Assignment, prepare: Callable[[], Prepared]) -> Prepared:
         """What ``prepare`` makes of an assignment that projections share, made once for all of them."""
         kept = self._shared
@@ -228,7 +219,7 @@ class RoutingContext:
 
     def _through_router(self, router: Router, index: int, x_TD: torch.Tensor, stream: Stream) -> Assignment:
         logits_TE = router(x_TD)
-        if self._unobserved and self.routing.renormalized_topk:
+        if self.unobserved and self.routing.renormalized_topk:
             choice = topk_of_logits(logits_TE, self.routing)
         else:
             p_TE = torch.softmax(logits_TE, dim=1)
@@ -242,7 +233,7 @@ class RoutingContext:
         return Assignment(self.num_experts, indices_TK=choice.indices_TK, weights_TK=choice.weights_TK)
 
     @property
-    def _unobserved(self) -> bool:
+    def unobserved(self) -> bool:
         """Whether nobody asks for the probabilities of all experts."""
         return not self._recording and self._router_loss is None and not torch.is_grad_enabled()
 

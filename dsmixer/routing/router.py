@@ -27,12 +27,13 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return _logits(x_TD, self.weight)
+            return logits_of(x_TD, self.weight)
         logits_TE: torch.Tensor = _Logits.apply(x_TD, self.weight)
         return logits_TE
 
 
-def _logits(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+def logits_of(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    """``G x``, ``[T, E]``, as ``Router`` has it."""
     logits_TE = F.linear(x_TD, weight_ED.to(x_TD.dtype))
     return logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
 
@@ -43,7 +44,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        return _logits(x_TD, weight_ED)
+        return logits_of(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
