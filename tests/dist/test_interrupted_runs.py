@@ -63,7 +63,7 @@ def test_the_main_command_trains_both_stages_and_exits_0(interrupted: Interrupte
     interrupted.launches["alone"].check()
     run = interrupted.record("alone")
     assert [(row["stage"], row["step"]) for row in run.rows] == [(s, n) for s in (1, 2) for n in range(1, 8)]
-    for name in ("config.yaml", "plan.json", "mixture/mixer_config.json", "report/index.html"):
+    for name in ("config.yaml", "plan.json", "forms.json", "mixture/mixer_config.json", "report/index.html"):
         assert (run.folder / name).is_file(), name
 
 

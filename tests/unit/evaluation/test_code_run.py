@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -54,10 +55,12 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_program_that_goes_wrong_is_ended_and_told(name: str) -> None:
     program, verdict = WRONG[name]
-    outcome = run_program(program, SHORT)
+    # a machine that is busy takes more than a second to hand out all the memory that is allowed
+    limits = replace(SHORT, seconds=60.0) if verdict == "MemoryError" else SHORT
+    outcome = run_program(program, limits)
     if not outcome.processes_forbidden and "Error" in verdict and ("fork" in program or "thread" in program):
         pytest.skip("nothing here keeps a program from starting processes")
-    assert outcome.verdict.startswith(verdict) and outcome.seconds < SHORT.seconds
+    assert outcome.verdict.startswith(verdict) and outcome.seconds < limits.seconds
 
 
 def test_a_program_passes_by_coming_to_its_end() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -161,3 +163,38 @@ def test_hooks_see_what_base_and_experts_put_out(served: list[int]) -> None:
     base, experts = seen
     assert torch.equal(base, nn.functional.linear(x, mixed.base.weight, mixed.base.bias)), "untouched"
     assert torch.allclose(base + experts.view_as(base), expected, rtol=1e-5, atol=1e-5) and served == [1]
+
+
+@torch.no_grad()
+def test_a_hooked_router_another_weight_and_autocast_are_seen(served: list[int]) -> None:
+    mixed, other = mixer(64), mixer(64, seed=1)
+    x = torch.randn(1, 1, D)
+    mixed(x)
+    mixed.bank.lora_A, mixed.bank.lora_B = (
+        other.bank.lora_A,
+        other.bank.lora_B,
+    )  # other parameters, not values
+    mixed.router.weight = other.router.weight
+    mixed.base.load_state_dict(other.base.state_dict())
+    assert torch.allclose(mixed(x).double(), written_out(other, x), rtol=1e-4, atol=1e-4) and len(served) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed(x)
+    seen: list[torch.Tensor] = []
+    handle = mixed.router.register_forward_hook(lambda module, args, output: seen.append(output))
+    mixed(x)
+    assert len(seen) == 1 and len(served) == 2, "neither is answered by the short way"
+    handle.remove()
+    mixed(x)
+    assert len(served) == 3
+
+
+@torch.no_grad()
+def test_a_copied_model_answers_with_its_own_weights(served: list[int]) -> None:
+    mixed = mixer(64)
+    x = torch.randn(1, 1, D)
+    before = mixed(x)
+    copied = copy.deepcopy(mixed)
+    copied.bank.lora_B.zero_()
+    assert mixed(x).equal(before)
+    assert torch.allclose(copied(x), nn.functional.linear(x, mixed.base.weight, mixed.base.bias))
+    assert len(served) == 3

@@ -1,0 +1,47 @@
+"""The table of a run that decides between compute forms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dsmixer.config.errors import UserError
+from dsmixer.experts.choice import MEASURED, FormTable
+from dsmixer.model.inject import Mixture, attach_mixers
+from dsmixer.model.mixer_config import MixerConfig
+from dsmixer.training.form_table import keep_table
+from dsmixer.training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def small_mixture() -> Mixture:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    return attach_mixers(LlamaForCausalLM(config), MixerConfig("qv", ["a", "b"], rank=4))
+
+
+def test_the_first_start_writes_it_and_the_next_one_takes_it(tmp_path: Path) -> None:
+    path, mixture = tmp_path / "forms.json", small_mixture()
+    keep_table(ALONE, path, mixture)
+    assert FormTable.from_json(json.loads(path.read_text())) == MEASURED
+    other = FormTable({**MEASURED.costs, "cpu": replace(MEASURED.costs["cpu"], always=7)})
+    path.write_text(json.dumps(other.to_json()))
+    keep_table(ALONE, path, mixture)
+    assert [mixer.bank.table for mixer in mixture.mixers.values()] == [other, other]
+    assert FormTable.from_json(json.loads(path.read_text())) == other, "it stays"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"cpu": {"rank": 1}}'])
+def test_another_file_is_named_and_left(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "forms.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no table of compute forms") as raised:
+        keep_table(ALONE, path, small_mixture())
+    assert str(path) in str(raised.value) and path.read_text() == text
