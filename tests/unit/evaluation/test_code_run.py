@@ -56,7 +56,7 @@ WRONG = {
 def test_a_program_that_goes_wrong_is_ended_and_told(name: str) -> None:
     program, verdict = WRONG[name]
     # a machine that is busy takes more than a second to hand out all the memory that is allowed
-    limits = replace(SHORT, seconds=60.0) if verdict == "MemoryError" else SHORT
+    limits = replace(SHORT, seconds=60, cpu_seconds=20) if verdict == "MemoryError" else SHORT
     outcome = run_program(program, limits)
     if not outcome.processes_forbidden and "Error" in verdict and ("fork" in program or "thread" in program):
         pytest.skip("nothing here keeps a program from starting processes")
