@@ -68,11 +68,22 @@ class BlockedPairs:
             return bank_EXY.index_select(0, self.expert_B).to(dtype)
         return bank_EXY.to(dtype).index_select(0, self.expert_B)
 
-    def times(self, rows_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(self._blocks(rows_IX), matrices).flatten(0, 1)
+    def rows(self, x_TX: torch.Tensor) -> torch.Tensor:
+        if not len(x_TX):  # there is one block, which only fills up
+            return x_TX.new_zeros(len(self.token_I), x_TX.shape[1])
+        return x_TX.index_select(0, self.token_I)
 
-    def outer(self, left_IX: torch.Tensor, right_IY: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
-        grad_BXY = torch.bmm(self._blocks(left_IX).transpose(1, 2), self._blocks(right_IY))
+    def of_tokens(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self._blocks(rows), matrices).flatten(0, 1)
+
+    def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        out_IY = self.of_tokens(left_IX, matrices)
+        if not self.place_TK.numel():
+            return out_IY.new_zeros(len(self.place_TK), out_IY.shape[1])
+        return F.embedding_bag(self.place_TK, out_IY, mode="sum")
+
+    def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
+        grad_BXY = torch.bmm(self._blocks(left_IX).transpose(1, 2), self._blocks(rows))
         grad_BXY = grad_BXY.to(bank_EXY.dtype)
         if self.expert_B is None:
             return grad_BXY
@@ -81,11 +92,6 @@ class BlockedPairs:
         firsts_E = torch.searchsorted(self.expert_B, experts_E)
         blocks_B = torch.arange(self.num_blocks, device=bank_EXY.device)
         return F.embedding_bag(blocks_B, grad_BXY.flatten(1), firsts_E, mode="sum").view(bank_EXY.shape)
-
-    def sum(self, rows_IX: torch.Tensor) -> torch.Tensor:
-        if not self.place_TK.numel():
-            return rows_IX.new_zeros(len(self.place_TK), rows_IX.shape[1])
-        return F.embedding_bag(self.place_TK, rows_IX, mode="sum")
 
     def _blocks(self, rows_IX: torch.Tensor) -> torch.Tensor:
         return rows_IX.view(self.num_blocks, -1, rows_IX.shape[1])

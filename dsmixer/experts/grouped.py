@@ -55,26 +55,26 @@ class SortedPairs:
     chosen_C: torch.Tensor | None
     ends_C: torch.Tensor
 
-    @property
-    def token_I(self) -> torch.Tensor:
-        return self.pair_I // self.top_k
-
     def take(self, bank_EXY: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return take(bank_EXY, self.chosen_C, dtype)
 
-    def times(self, rows_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        return _grouped_mm(rows_IX, matrices, self.ends_C)
+    def rows(self, x_TX: torch.Tensor) -> torch.Tensor:
+        return x_TX.index_select(0, self.pair_I // self.top_k)
 
-    def outer(self, left_IX: torch.Tensor, right_IY: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
-        return put(_grouped_outer(left_IX, right_IY, self.ends_C), self.chosen_C, bank_EXY)
+    def of_tokens(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        return _grouped_mm(rows, matrices, self.ends_C)
 
-    def sum(self, rows_IX: torch.Tensor) -> torch.Tensor:
-        if not len(rows_IX):
-            return rows_IX.new_zeros(self.num_tokens, rows_IX.shape[1])
+    def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        out_IY = _grouped_mm(left_IX, matrices, self.ends_C)
+        if not len(out_IY):
+            return out_IY.new_zeros(self.num_tokens, out_IY.shape[1])
         place_I = torch.argsort(self.pair_I)
-        firsts_T = torch.arange(self.num_tokens, device=rows_IX.device) * self.top_k
+        firsts_T = torch.arange(self.num_tokens, device=out_IY.device) * self.top_k
         starts_T = torch.searchsorted(self.pair_I.index_select(0, place_I), firsts_T)
-        return F.embedding_bag(place_I, rows_IX, starts_T, mode="sum")
+        return F.embedding_bag(place_I, out_IY, starts_T, mode="sum")
+
+    def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
+        return put(_grouped_outer(left_IX, rows, self.ends_C), self.chosen_C, bank_EXY)
 
 
 def sorted_pairs(ordered: Sorted) -> SortedPairs:

@@ -1,7 +1,7 @@
 """The pairs of a token and an expert laid out by expert, and the sum over experts by products of such rows.
 
 Shapes: T tokens, D input width, O output width, E experts, R LoRA rank, K experts a token, N pairs, I rows of
-a layout, X and Y any widths.
+a layout, X and Y widths.
 """
 
 from __future__ import annotations
@@ -56,28 +56,29 @@ class Pairs(Protocol):
 
     Attributes:
         pair_I: the pair of each row, its place in the flattened ``[T, K]``; T*K for a row that has none.
-        token_I: a token for each row, which is its own where it has a pair.
         expert_I: the expert of each row; E for none, whose scaling is 0.
     """
 
     @property
     def pair_I(self) -> torch.Tensor: ...
     @property
-    def token_I(self) -> torch.Tensor: ...
-    @property
     def expert_I(self) -> torch.Tensor: ...
 
     def take(self, bank_EXY: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices that ``times`` multiplies by, in the dtype of the products."""
+        """The matrices of the products, in their dtype."""
 
-    def times(self, rows_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        """Each row by the matrix of its expert ``[X, Y]``: ``[I, Y]``."""
+    def rows(self, x_TX: torch.Tensor) -> torch.Tensor:
+        """What ``of_tokens`` and ``outer`` read the rows' tokens from."""
 
-    def outer(self, left_IX: torch.Tensor, right_IY: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
-        """The gradient of a bank: ``sum over an expert's rows of left_i right_i^T``, 0 where it has none."""
+    def of_tokens(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        """The token of each row by the matrix ``[X, Y]`` of its expert: ``[I, Y]``."""
 
-    def sum(self, rows_IX: torch.Tensor) -> torch.Tensor:
-        """Add the pairs of each token in the order of its choices, ``[T, X]``: the same on every run."""
+    def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        """Each row by the matrix ``[X, Y]`` of its expert, added up for each token in the order of its
+        choices, ``[T, Y]``: the same on every run."""
+
+    def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
+        """The gradient of a bank: ``sum over an expert's rows of left_i token_i^T``, 0 where it has none."""
 
 
 # indices_TK -> their layout; called in both passes, so that nothing of it is kept between them
@@ -115,10 +116,10 @@ class _ByPairs(torch.autograd.Function):
         ctx.save_for_backward(x_TD, a_ERD, b_ERO, weights_TK, indices_TK, s_E)
         ctx.layout, ctx.dropout = layout, dropout
         pairs = layout(indices_TK)
-        x_ID = Masked(x_TD, dropout).x_TD.index_select(0, pairs.token_I)
-        h_IR = pairs.times(x_ID, pairs.take(a_ERD, x_TD.dtype).transpose(1, 2))
-        h_IR = h_IR * _weights_I1(pairs, weights_TK, _scaling_I(pairs, s_E, dropout), x_TD.dtype)
-        return pairs.sum(pairs.times(h_IR, pairs.take(b_ERO, x_TD.dtype)))
+        rows = pairs.rows(Masked(x_TD, dropout).x_TD)
+        h_IR = pairs.of_tokens(rows, pairs.take(a_ERD, x_TD.dtype).transpose(1, 2))
+        h_IR *= _weights_I1(pairs, weights_TK, _scaling_I(pairs, s_E, dropout), x_TD.dtype)
+        return pairs.to_tokens(h_IR, pairs.take(b_ERO, x_TD.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -130,24 +131,24 @@ class _ByPairs(torch.autograd.Function):
         weights_I1 = _weights_I1(pairs, weights_TK, s_I, x_TD.dtype)
         a_taken = pairs.take(a_ERD, x_TD.dtype)
         x_grad = a_grad = b_grad = weights_grad = None
-        x_ID, g_IO = seen.x_TD.index_select(0, pairs.token_I), g_TO.index_select(0, pairs.token_I)
-        up_IR = pairs.times(g_IO, pairs.take(b_ERO, x_TD.dtype).transpose(1, 2))
+        x_rows, g_rows = pairs.rows(seen.x_TD), pairs.rows(g_TO)
+        up_IR = pairs.of_tokens(g_rows, pairs.take(b_ERO, x_TD.dtype).transpose(1, 2))
         if need_b or need_weights:
-            h_IR = pairs.times(x_ID, a_taken.transpose(1, 2))
+            h_IR = pairs.of_tokens(x_rows, a_taken.transpose(1, 2))
             if need_weights:
                 row_I = (up_IR * h_IR).sum(-1, dtype=weights_TK.dtype) * s_I.to(weights_TK.dtype)
                 weights_grad = row_I.new_zeros(weights_TK.numel() + 1).scatter_(0, pairs.pair_I, row_I)
                 weights_grad = weights_grad[:-1].view(weights_TK.shape)
             if need_b:
-                b_grad = pairs.outer(h_IR.mul_(weights_I1), g_IO, b_ERO)
+                b_grad = pairs.outer(h_IR.mul_(weights_I1), g_rows, b_ERO)
             del h_IR
-        del g_IO
+        del g_rows
         down_IR = up_IR.mul_(weights_I1)
         if need_a:
-            a_grad = pairs.outer(down_IR, x_ID, a_ERD)
-        del x_ID
+            a_grad = pairs.outer(down_IR, x_rows, a_ERD)
+        del x_rows
         if need_x:
-            x_grad = seen.gradient(pairs.sum(pairs.times(down_IR, a_taken)))
+            x_grad = seen.gradient(pairs.to_tokens(down_IR, a_taken))
         return x_grad, a_grad, b_grad, weights_grad, None, None, None, None
 
 

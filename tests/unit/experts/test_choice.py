@@ -80,8 +80,10 @@ def test_a_bank_does_as_its_own_table_says(monkeypatch: pytest.MonkeyPatch) -> N
         "blocked": FormTable({"cpu": replace(never, filled=0.0)}),
     }
     blocked: list[int] = []
-    times = BlockedPairs.times
-    monkeypatch.setattr(BlockedPairs, "times", lambda own, *rest: blocked.append(1) or times(own, *rest))
+    products = BlockedPairs.of_tokens
+    monkeypatch.setattr(
+        BlockedPairs, "of_tokens", lambda own, *rest: blocked.append(1) or products(own, *rest)
+    )
     for name, table in tables.items():
         bank.table = table
         before = len(blocked)

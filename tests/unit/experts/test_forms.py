@@ -143,6 +143,8 @@ def test_every_form_equals_the_formula_in_outputs_and_all_gradients(name: str, c
 @pytest.mark.parametrize(
     "case",
     [
+        Case(T=0, D=8, O=8, E=4, R=8, K=2),
+        Case(T=0, D=8, O=8, E=4, R=8, K=0),
         Case(T=1, D=8, O=8, E=4, R=8, K=1),
         Case(T=7, D=8, O=8, E=4, R=8, K=2, lonely=True),
         Case(T=7, D=8, O=8, E=3, R=8, K=3, absent=True, summed=True),
@@ -151,7 +153,17 @@ def test_every_form_equals_the_formula_in_outputs_and_all_gradients(name: str, c
         Case(T=6, D=4, O=4, E=5, R=1, K=0, strided=True, summed=True),
         Case(T=7, D=8, O=8, E=3, R=8, K=3, absent=True, strided=True, summed=True, dropout=0.5),
     ],
-    ids=["one token", "experts without tokens", "absent pairs", "strided", "one expert", "gate", "dropout"],
+    ids=[
+        "no token",
+        "no token, full gate",
+        "one token",
+        "experts without tokens",
+        "absent pairs",
+        "strided",
+        "one expert",
+        "gate",
+        "dropout",
+    ],
 )
 def test_shapes_that_break_kernels(name: str, case: Case) -> None:
     assert_equals_formula(name, case)
