@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.choice import MEASURED
 from dsmixer.experts.dropout import Dropout, Masked, scaling_under
+from dsmixer.experts.few import SMALL_POOL
 from dsmixer.experts.forms import Form
 
 BLOCK_ELEMENTS = 2**22
@@ -47,7 +47,7 @@ class Outputs:
         """The tokens, some at a time; at least one."""
         num_experts, rank, in_features = a_ERD.shape
         # the wide product of a small pool is as wide as that for every pair
-        width = max(in_features, b_ERO.shape[2], min(num_experts * rank, int(MEASURED.costs["cuda"].always)))
+        width = max(in_features, b_ERO.shape[2], min(num_experts * rank, SMALL_POOL))
         length = max(1, self.block_elements // (width * weights_TK.shape[1]))
         for first in range(0, len(weights_TK), length):
             yield slice(first, first + length)

@@ -123,6 +123,11 @@ class ExpertBank(nn.Module):
     ) -> torch.Tensor:
         """The weighted sum of the experts' outputs, ``[T, O]``, in the dtype of ``x_TD``, which ``dropout``
         masks first."""
+        kind = x_TD.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # a form's two passes share one dtype, that of its input
+            with torch.autocast(kind, enabled=False):
+                return self.forward(x_TD, assignment, dropout)
         banks = (self.lora_A, self.lora_B, self.scaling_on(x_TD.device))
         if self.compute == "auto":
             return auto_form(x_TD, *banks, assignment, dropout, self.table)
@@ -134,6 +139,10 @@ class ExpertBank(nn.Module):
         if self._served is None or not self._served.shows(self.lora_A, self.lora_B):
             self._served = ServedBank(self.lora_A.data, self.lora_B.data, self.scaling)
         return self._served
+
+    def forget(self) -> None:
+        """Let go of what ``served`` made."""
+        self._served = None
 
     def sum_apart(
         self,

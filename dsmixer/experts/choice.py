@@ -57,7 +57,8 @@ class FormTable:
     def of(self, x_TD: torch.Tensor) -> Costs:
         """For the processor and the dtype of the tokens."""
         device, dtype = x_TD.device.type, str(x_TD.dtype).removeprefix("torch.")
-        return self.costs.get(f"{device} {dtype}") or self.costs.get(device) or MEASURED.costs["cuda"]
+        found = self.costs.get(f"{device} {dtype}") or self.costs.get(device)
+        return found or MEASURED.costs.get(device) or MEASURED.costs["cuda"]
 
     def to_json(self) -> dict[str, dict[str, float]]:
         return {name: asdict(costs) for name, costs in self.costs.items()}
@@ -73,12 +74,17 @@ class FormTable:
         if not isinstance(value, dict) or not all(isinstance(of, dict) for of in value.values()):
             raise ValueError("it is no table of devices")
         for name, of in value.items():
-            if of.keys() != names or any(
-                isinstance(n, bool) or not isinstance(n, int | float) for n in of.values()
-            ):
+            if of.keys() != names or not all(map(_is_cost, of.values())):
                 raise ValueError(f"{name!r} wants a number for each of {', '.join(sorted(names))}")
         return cls({name: Costs(**of) for name, of in value.items()})
 
+
+def _is_cost(value: Any) -> bool:
+    """A number that arithmetic can do with: no bool, not infinite, no NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HIGHEST
+
+
+HIGHEST = 1e300
 
 MEASURED = FormTable(
     {

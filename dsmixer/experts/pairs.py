@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from dsmixer.experts.dropout import Dropout, Masked, scaling_under
 
@@ -122,6 +123,7 @@ class _ByPairs(torch.autograd.Function):
         return pairs.to_tokens(h_IR, pairs.take(b_ERO, x_TD.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TO,) = grads
         x_TD, a_ERD, b_ERO, weights_TK, indices_TK, s_E = ctx.saved_tensors

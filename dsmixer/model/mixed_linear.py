@@ -110,6 +110,13 @@ class MixedLinear(nn.Module):
 
         self.context.take_outputs(summed, self.router_index, self.stream)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MixedLinear:
+        """What was looked up holds on to the weights as they were before they are moved or cast."""
+        self._served = None
+        self.bank.forget()
+        super()._apply(fn, recurse)
+        return self
+
     def _draw_dropout(self) -> Dropout | None:
         return Dropout.draw(self.dropout) if self.training and self.dropout else None
 

@@ -1,7 +1,7 @@
 """The table that decides between compute forms, kept with the run.
 
-Forms round differently. A run that goes on under another version, whose table is a better one, keeps its own
-and with it every bit of what the first start would have computed.
+Forms round differently. A run that goes on under another version, whose table is a better one, keeps its own,
+and goes on with the forms that it began with.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dsmixer.checkpoint.atomic import write_json
 from dsmixer.config.errors import UserError
 from dsmixer.experts.choice import MEASURED, FormTable
 from dsmixer.model.inject import Mixture
@@ -28,10 +29,10 @@ def keep_table(world: World, path: Path, mixture: Mixture) -> None:
 
 def _read_or_write(path: Path) -> FormTable:
     if not path.exists():
-        path.write_text(json.dumps(MEASURED.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, MEASURED.to_json())
         return MEASURED
     try:
         return FormTable.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fix = "remove the file, and the measured table is used"
         raise UserError(f"it is no table of compute forms: {error}", where=str(path), fix=fix) from error

@@ -161,7 +161,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             weights_XY, origin_XY = grad_XY, grad_XY
             if beta_U is not None and self.origin is not None:
                 weights_XY, origin_XY = span.of(self._shards[index].flat()), span.of(self.origin[index])
-            for some in rows.blocks(max(1, IN_CACHE // span.width)):
+            for some in rows.blocks(self._at_once(rows, span)):
                 grad = some.of(grad_XY)
                 if beta_U is not None:
                     origin = some.of(origin_XY).to(grad.device)
@@ -171,6 +171,11 @@ class ExpertAdamW(torch.optim.Optimizer):
                 some.add_units(norms_U, torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_())
         counted = torch.stack((norms_U, values_U)) * self.counted_U
         return torch.cat((counted[0], counted[1].sum()[None]))
+
+    def _at_once(self, rows: Rows, span: Span) -> int:
+        """Rows whose gradients are looked at together: on a device all, for every look is a launch."""
+        on_host = self._device().type == "cpu"
+        return max(1, IN_CACHE // span.width) if on_host else max(1, rows.count)
 
     def _reached_spans(
         self, grads: list[list[torch.Tensor]], plan: StepPlan
@@ -275,7 +280,8 @@ class ExpertAdamW(torch.optim.Optimizer):
                 to.clips.append(self._of_units.clip[unit])
 
     def _apply(self, updates: Mapping[float, _Updates]) -> None:
-        """torch.optim.AdamW's arithmetic with each row's own clip and step count, in one pass over all."""
+        """torch.optim.AdamW's arithmetic with each row's own clip and step count, in one pass over all; what
+        is clipped is clipped in the gradient itself."""
         beta1, beta2 = self.settings.betas
         for rate, to in updates.items():
             if to.clipped:

@@ -17,7 +17,7 @@ from dsmixer.model.inject import Mixture
 from dsmixer.model.mixed_linear import MixedLinear
 from dsmixer.placement import groups
 from dsmixer.placement.exchange import TokenExchange
-from dsmixer.training import data
+from dsmixer.training.ahead import Ahead
 from dsmixer.training.loop import Loop
 from dsmixer.training.profile.backward import BASE, Origins, watched
 from dsmixer.training.profile.clock import PROFILING, REST, Ranges
@@ -29,7 +29,7 @@ Call = tuple[Any, str, str]
 def calls_of_loop(loop: Loop) -> Iterator[Call]:
     """The calls of a step that begin a part; what is in none of them is ``loop``."""
     stage, engine = loop.stage, loop.engine
-    yield data, "step_batch", "data"
+    yield Ahead, "__call__", "data"  # the waiting; the batch itself is made beside the step
     yield MicroBatch, "to", "data"
     yield type(loop), "_forward_backward", BASE
     yield from ((stage, name, REST) for name in ("batch_routing", "token_weights", "router_loss"))

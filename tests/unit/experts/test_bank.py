@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -95,3 +96,16 @@ def test_the_meta_device_allocates_nothing_and_still_counts() -> None:
     bank = make_bank(device="meta")
     bank.start(0, "layer")
     assert bank.lora_A.is_meta and bank.num_weights() == 78 * 32
+
+
+@pytest.mark.parametrize("compute", ["loop", "dense", "grouped", "blocked", "auto"])
+def test_under_autocast_products_have_the_dtype_of_the_input(compute: str) -> None:
+    bank = ExpertBank(["chess", "law"], 8, 8, ranks=[8, 8], alphas=[1.0, 1.0], compute=compute)
+    nn.init.normal_(bank.lora_B)
+    x_TD = torch.randn(5, 8, requires_grad=True)
+    pairs = Assignment(2, indices_TK=torch.tensor([[0, 1]] * 5), weights_TK=torch.ones(5, 2))
+    y_TO = bank(x_TD, pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = bank(x_TD, pairs)
+    under.sum().backward()
+    assert torch.equal(under, y_TO) and x_TD.grad is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from dsmixer.experts.bank import ExpertBank
 from dsmixer.experts.few import MAX_PAIRS, ServedBank
 from dsmixer.model.mixed_linear import MixedLinear
+from dsmixer.routing.constant import ConstantWeights
 from dsmixer.routing.context import BatchRouting, RoutingContext
 from dsmixer.routing.modes import Routing
 from dsmixer.routing.router import Router
@@ -198,3 +201,64 @@ def test_a_copied_model_answers_with_its_own_weights(served: list[int]) -> None:
     assert mixed(x).equal(before)
     assert torch.allclose(copied(x), nn.functional.linear(x, mixed.base.weight, mixed.base.bias))
     assert len(served) == 3
+
+
+def answer(mixed: MixedLinear, x: torch.Tensor) -> torch.Tensor:
+    """What the forms put out, where nothing is served."""
+    with torch.enable_grad():
+        return mixed(x).detach()
+
+
+@torch.no_grad()
+def test_a_mixer_whose_parts_were_exchanged_answers_with_the_new_ones(served: list[int]) -> None:
+    mixed, other, x = mixer(64), mixer(64, seed=1), torch.randn(1, 1, D)
+    mixed(x)
+    weights = torch.full((1, 64), 1 / 64)
+    own, mixed._outside = mixed._outside, (ConstantWeights(weights), mixed.router)
+    assert torch.allclose(mixed(x), answer(mixed, x), atol=1e-5), "every expert weighs the same"
+    mixed._outside = own
+    mixed(x)
+    mixed.bank = other.bank
+    assert torch.allclose(mixed(x), answer(mixed, x), atol=1e-5)
+    mixed.base = other.base
+    assert torch.allclose(mixed(x), answer(mixed, x), atol=1e-5)
+    before = len(served)
+    mixed.bank.compute = "loop"
+    assert torch.allclose(mixed(x), answer(mixed, x), atol=1e-5) and len(served) == before
+
+
+@torch.no_grad()
+def test_what_a_hook_kept_is_not_altered() -> None:
+    mixed, x, kept = mixer(64), torch.randn(1, 1, D), []
+    mixed(x)
+    base = mixed.base
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, y: kept.append((y, y.clone())) if module is base else None
+    )
+    try:
+        mixed(x)
+    finally:
+        handle.remove()
+    assert len(kept) == 1 and torch.equal(*kept[0])
+
+
+@torch.no_grad()
+def test_weights_that_are_no_parameters_go_the_way_of_the_forms(served: list[int]) -> None:
+    mixed, x = mixer(64), torch.randn(1, 1, D)
+    doubled = {"bank.lora_B": 2 * mixed.bank.lora_B}
+    for _ in range(2):
+        before = len(served)
+        y, plain = torch.func.functional_call(mixed, doubled, (x,)), mixed.base(x)
+        assert len(served) == before
+        assert torch.allclose(y - plain, 2 * (mixed(x) - plain), atol=1e-4)
+    assert len(served) == 2
+
+
+@torch.no_grad()
+def test_weights_that_were_moved_are_not_held_on_to() -> None:
+    mixed = mixer(64)
+    mixed(torch.randn(1, 1, D))
+    old = weakref.ref(mixed.bank.lora_A.untyped_storage())
+    mixed.to(torch.bfloat16)
+    gc.collect()
+    assert old() is None and mixed._served is None

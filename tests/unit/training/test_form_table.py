@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import resource
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsmixer.config.errors import UserError
+from dsmixer.config.errors import RunError, UserError
 from dsmixer.experts.choice import MEASURED, FormTable
 from dsmixer.model.inject import Mixture, attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
@@ -38,10 +39,38 @@ def test_the_first_start_writes_it_and_the_next_one_takes_it(tmp_path: Path) -> 
     assert FormTable.from_json(json.loads(path.read_text())) == other, "it stays"
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"cpu": {"rank": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        '{"cpu": {"rank": 1}}',
+        json.dumps({"cpu": {**asdict(MEASURED.costs["cpu"]), "row": float("nan")}}),
+        json.dumps({"cpu": {**asdict(MEASURED.costs["cpu"]), "row": 10**400}}),
+        "[" * 100_000,
+    ],
+)
 def test_another_file_is_named_and_left(text: str, tmp_path: Path) -> None:
     path = tmp_path / "forms.json"
     path.write_text(text)
     with pytest.raises(UserError, match="no table of compute forms") as raised:
         keep_table(ALONE, path, small_mixture())
     assert str(path) in str(raised.value) and path.read_text() == text
+
+
+def test_a_table_that_can_not_be_written_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "forms.json"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
+    try:
+        with pytest.raises(RunError, match="too large"):
+            keep_table(ALONE, path, small_mixture())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_of_other_devices_leaves_this_one_its_own() -> None:
+    assert FormTable({}).of(torch.empty(1)) == MEASURED.costs["cpu"]

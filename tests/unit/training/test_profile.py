@@ -75,6 +75,8 @@ def test_a_profiled_run_is_the_run_itself_and_says_where_its_steps_spend_their_t
         assert of_stage["ranks"] == 1 and [step["step"] for step in of_stage["steps"]] == [2]
         assert all(part["seconds"] > 0 for part in of_stage["parts"].values())
         assert of_stage["parts"]["mixers"]["calls"] == 8 * 8  # projections, micro-batches of one row
+        # the waiting for the batch, once a step, and the way of each micro-batch to the device
+        assert of_stage["parts"]["data"]["calls"] == 1 + 8
         assert f"profile of stage {stage}: step 2" in output
     assert found["1"]["saving_seconds"] > 0 == found["2"]["saving_seconds"]
     assert traced_parts(profiled.folder / "trace-stage2.json.gz") == {*PARTS, "saving", "profiling"}
