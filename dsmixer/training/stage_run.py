@@ -22,6 +22,7 @@ from dsmixer.training.ahead import Ahead
 from dsmixer.training.data import StageData
 from dsmixer.training.engine import StageEngine, start_engine
 from dsmixer.training.health import Stopped
+from dsmixer.training.heap import keep_freed_memory
 from dsmixer.training.loop import Loop, StepReport
 from dsmixer.training.moments import Keep
 from dsmixer.training.optimizer import AdamSettings
@@ -123,6 +124,8 @@ def run_stage(state: RunState, number: int, data: StageData) -> StageEngine:
         engine.optimizer.hold_origin()
     once(state.world, lambda: _set_damaged_aside(state, number, start))
     stage = make_stage(state, number, data, usage)
+    if state.world.device.type == "cpu":
+        keep_freed_memory()
     with Ahead(data.batch, stage.num_steps, state.world.device) as batch_of:
         loop = Loop(
             world=state.world,

@@ -20,6 +20,7 @@ from dsmixer.model.quantized import freeze_packed
 from dsmixer.model.serving import ready_to_serve
 from dsmixer.training.engine import StageEngine, start_engine
 from dsmixer.training.health import StopRequest
+from dsmixer.training.heap import keep_freed_memory
 from dsmixer.training.loop import Loop
 from dsmixer.training.stage_run import adam_settings, trainable
 from dsmixer.training.world import join_world
@@ -54,6 +55,8 @@ def _build(case: Case, kind: str) -> Built:
     if case.what == "decode":
         model = ready_to_serve(mixture.model)
         return Built(0, decode_token=Decoding(model, case.rows, case.sequence, case.device).next_token)
+    if case.device == "cpu":
+        keep_freed_memory()
     world, config = join_world(COLLECTIVE_TIMEOUT), stage_config(kind)
     trained = trainable(mixture, config)
     engine = start_engine(mixture, trained, adam_settings(config), _ds_config(case))
