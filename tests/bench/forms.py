@@ -23,6 +23,7 @@ import torch
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.choice import choose_form
 from dsmixer.experts.forms import Form, forms
+from dsmixer.training.heap import keep_freed_memory
 
 NAMES = ("dense", "grouped", "blocked", "pairs")
 
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", default=["even", "skewed", "one"])
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()  # as a run does
     print(f"{'':54}" + "".join(f"{name:>10}" for name in NAMES) + "   ms, forward and backward")
     for dtype, width, tokens, pool, load in itertools.product(
         args.dtypes, args.widths, args.tokens, args.pools, args.loads
