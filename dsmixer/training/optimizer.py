@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from dsmixer.placement.layout import ExpertLayout
 from dsmixer.placement.pieces import Shard
 from dsmixer.training.moments import KINDS, EightBitMoment, Float32Moment, Keep, Moments, StackMoment
 from dsmixer.training.rows import Reached, Rows, Span, Stack, reached_rows, spans_of, stacked
+from dsmixer.training.updates import Run, StepOfUnits, Updates
 
 AT_ONCE = 2**20
 """Elements of a stack whose moments are decoded at a time, unless a single span has more."""
@@ -65,29 +65,6 @@ class StepPlan:
     preserve_beta: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _StepOfUnits:
-    """What a step does with each unit: the count of its steps, a scalar on the device, the coefficient of its
-    gradient, and its learning rate."""
-
-    steps: Sequence[torch.Tensor]
-    clip: Sequence[float]
-    rate: Sequence[float]
-
-
-@dataclass
-class _Updates:
-    """Rows that one call of torch's kernel updates, all with one learning rate."""
-
-    weights: list[torch.Tensor] = field(default_factory=list)
-    grads: list[torch.Tensor] = field(default_factory=list)
-    exp_avgs: list[torch.Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
-    steps: list[torch.Tensor] = field(default_factory=list)
-    clipped: list[torch.Tensor] = field(default_factory=list)
-    clips: list[float] = field(default_factory=list)
-
-
 class ExpertAdamW(torch.optim.Optimizer):
     """See the module. DeepSpeed makes its partitions from ``params``; ``bind`` then tells what they hold,
     ``prepare`` looks at a step's gradients as a whole, and ``step`` updates one partition at a time, as
@@ -110,7 +87,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         self._stacks: list[list[Stack]] = []
         self._units: dict[tuple[int, ...], torch.Tensor] = {}
         self._reached: dict[tuple[int, ...], Reached | None] = {}
-        self._of_units: _StepOfUnits | None = None
+        self._of_units: StepOfUnits | None = None
 
     def bind(self, shards: Sequence[Shard]) -> None:
         """Learn the partitions and make their moments."""
@@ -206,8 +183,8 @@ class ExpertAdamW(torch.optim.Optimizer):
         norms_U = squared_norms_U.sqrt()
         clip_U = torch.ones_like(norms_U) if clip is None else (clip / (norms_U + 1e-6)).clamp(max=1.0)
         rates = [plan.learning_rate] * (self.num_units - 1) + [plan.router_learning_rate]
-        steps_U = self.steps.to(self._device(), torch.float32)
-        self._of_units = _StepOfUnits(steps_U.unbind(0), clip_U.tolist(), rates)
+        counts = self.steps.to(self._device(), torch.float32).unbind(0)
+        self._of_units = StepOfUnits(self.steps.clone(), counts, clip_U, (clip_U < 1).cpu(), rates)
         for group in self.param_groups:
             group["lr"] = plan.learning_rate
 
@@ -215,7 +192,7 @@ class ExpertAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the partitions that DeepSpeed has put into ``param_groups``."""
         assert self._of_units is not None, "prepare the step first"
-        updates: dict[float, _Updates] = defaultdict(_Updates)
+        updates: dict[float, Updates] = defaultdict(Updates)
         for group in self.param_groups:
             for weights in group["params"]:
                 index, grad = self._index[id(weights)], weights.grad.view(-1)
@@ -229,7 +206,7 @@ class ExpertAdamW(torch.optim.Optimizer):
 
     def _update(
         self,
-        updates: dict[float, _Updates],
+        updates: dict[float, Updates],
         stack: Stack,
         rows: Rows,
         flats: tuple[torch.Tensor, ...],
@@ -246,7 +223,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         for first in range(0, stack.repeats, at_once):
             part = slice(first, first + at_once)
             taken = [moment.take(rows, part) for moment in encoded]
-            some: dict[float, _Updates] = defaultdict(_Updates)
+            some: dict[float, Updates] = defaultdict(Updates)
             self._gather(some, stack, rows, [stack.of(flat)[part] for flat in flats], taken)
             self._apply(some)
             for moment, values in zip(encoded, taken, strict=True):
@@ -254,38 +231,37 @@ class ExpertAdamW(torch.optim.Optimizer):
 
     def _gather(
         self,
-        updates: dict[float, _Updates],
+        updates: dict[float, Updates],
         stack: Stack,
         rows: Rows,
         whole: Sequence[torch.Tensor],
         taken: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Add the reached rows of ``[X, count, width]`` tensors to what is to be updated, beside those that
-        were ``taken`` out already, ``[X, N, width]``: weights, gradient and both moments, in this order."""
-        assert self._of_units is not None
-        units = [stack.span.units[place] for place in rows.listed]
-        cut = [
-            [of_repeat[place] for of_repeat in _rows_of(tensor) for place in rows.listed] for tensor in whole
-        ]
-        cut += [[row for of_repeat in _rows_of(tensor) for row in of_repeat] for tensor in taken]
-        for unit, weights, grad, exp_avg, exp_avg_sq in zip(cycle(units), *cut, strict=False):
-            to = updates[self._of_units.rate[unit]]
-            to.weights.append(weights)
-            to.grads.append(grad)
-            to.exp_avgs.append(exp_avg)
-            to.exp_avg_sqs.append(exp_avg_sq)
-            to.steps.append(self._of_units.steps[unit])
-            if self._of_units.clip[unit] < 1:
-                to.clipped.append(grad)
-                to.clips.append(self._of_units.clip[unit])
+        """Clip the reached rows of ``[X, count, width]`` tensors, and add them to what is to be updated,
+        beside those that were ``taken`` out already, ``[X, N, width]``: weights, gradient and both moments,
+        in this order."""
+        for run in self._runs(stack.span.units, rows):
+            parts = [tensor[:, run.places] for tensor in whole] + [tensor[:, run.taken] for tensor in taken]
+            if run.clip_N1 is not None:
+                parts[1].mul_(run.clip_N1)
+            if all(part.is_contiguous() for part in parts):
+                updates[run.rate].add(run.step, *parts)
+            else:
+                for repeats in zip(*(part.unbind(0) for part in parts), strict=True):
+                    updates[run.rate].add(run.step, *repeats)
 
-    def _apply(self, updates: Mapping[float, _Updates]) -> None:
-        """torch.optim.AdamW's arithmetic with each row's own clip and step count, in one pass over all; what
-        is clipped is clipped in the gradient itself."""
+    def _runs(self, units: tuple[int, ...], rows: Rows) -> list[Run]:
+        """Of the reached rows, looked for once a step; spans of the same units share them."""
+        assert self._of_units is not None
+        known = self._of_units.runs
+        if units not in known:
+            known[units] = self._of_units.runs_of(self._units[units], rows)
+        return known[units]
+
+    def _apply(self, updates: Mapping[float, Updates]) -> None:
+        """torch.optim.AdamW's arithmetic with each row's own step count, in one pass over all."""
         beta1, beta2 = self.settings.betas
         for rate, to in updates.items():
-            if to.clipped:
-                torch._foreach_mul_(to.clipped, to.clips)
             torch._fused_adamw_(
                 *(to.weights, to.grads, to.exp_avgs, to.exp_avg_sqs, [], to.steps),
                 lr=rate,
@@ -299,8 +275,3 @@ class ExpertAdamW(torch.optim.Optimizer):
 
     def _device(self) -> torch.device:
         return self._shards[0].weights.device
-
-
-def _rows_of(stack: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """``[X, N, width]`` cut into its rows."""
-    return [of_repeat.unbind(0) for of_repeat in stack.unbind(0)]
