@@ -129,7 +129,7 @@ class MixerSection(Section):
     router_std: float = Field(
         default=0.02, gt=0, description="standard deviation of the routers' initial weights"
     )
-    compute: Literal["auto", "loop", "dense", "grouped", "blocked"] = Field(
+    compute: Literal["auto", "loop", "dense", "grouped", "blocked", "fused"] = Field(
         default="auto", description="form in which the experts' sum is computed; the result is the same"
     )
     experts: Annotated[tuple[ExpertSpec, ...], Strict(False)] | None = Field(

@@ -46,7 +46,7 @@ class ExpertBank(nn.Module):
         ranks: rank of each expert; 0 marks an expert that has nothing on this projection.
         alphas: PEFT's ``lora_alpha`` of each expert.
         rslora: scale by ``alpha / sqrt(R)``.
-        compute: ``auto``, ``loop``, ``dense``, ``grouped`` or ``blocked``.
+        compute: ``auto``, ``loop``, ``dense``, ``grouped``, ``blocked`` or ``fused``.
         rank: R, padded; None for what ``ranks`` needs. Banks of one projection on several ranks share it.
         device: where the weights live; ``meta`` counts without allocating.
 

@@ -5,7 +5,9 @@
 ``loop`` is the reference. ``dense`` makes one wide product of all experts, for pools where E*R is small.
 ``pairs`` lays the pairs of a token and an expert out by expert, so that each expert's rows meet its own
 matrices: ``grouped`` one after the other, ``blocked`` in blocks of one length, or the one of the two that
-suits. ``few`` takes each pair by itself: for the few tokens of a decoding step, where no gradient is wanted.
+suits; ``fused``, in Triton, brings tokens to their experts inside its kernels, for GPUs on which
+``F.grouped_mm`` has none of its own. ``few`` takes each pair by itself: for the few tokens of a decoding
+step, where no gradient is wanted.
 
 All but ``loop`` and ``few`` keep for the backward pass their input, the weights of the pairs and which
 experts they name, all as they were given, and nothing else: the products of size T*E*R are made again, and so
@@ -79,11 +81,33 @@ def loop_form(
     return y_TO
 
 
+def fused_form(
+    x_TD: torch.Tensor,
+    a_ERD: torch.Tensor,
+    b_ERO: torch.Tensor,
+    s_E: torch.Tensor,
+    assignment: Assignment,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """The kernels of ``experts.fused`` on a GPU; elsewhere ``pairs``.
+
+    Raises:
+        ImportError: triton is not installed.
+        ValueError: there is no kernel for the dtype.
+    """
+    if x_TD.device.type != "cuda":
+        return pairs_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+    from dsmixer.experts import fused  # triton is there only beside a GPU
+
+    return fused.fused_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+
+
 forms: dict[str, Form] = {
     "loop": loop_form,
     "dense": dense_form,
     "pairs": pairs_form,
     "grouped": grouped_form,
     "blocked": blocked_form,
+    "fused": fused_form,
     "few": few_form,
 }

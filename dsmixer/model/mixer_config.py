@@ -29,7 +29,7 @@ class MixerConfig:
         rslora: scale by ``alpha / sqrt(rank)``.
         router: ``per_projection``, or ``per_block`` for one router for those that read the same input.
         router_std: standard deviation of a router's start.
-        compute: ``auto``, ``loop``, ``dense`` or ``grouped``.
+        compute: ``auto``, ``loop``, ``dense``, ``grouped``, ``blocked`` or ``fused``.
         routing: ``topk``, ``soft``, ``hard_soft`` or ``top_p``: how the trained mixture routes.
         top_k: K; None for ``min(3, E)``.
         renormalize: whether chosen weights are divided by their sum.
