@@ -15,7 +15,7 @@ HELP = {
     "router": "logits, choice, statistics, routing loss",
     "exchange": "weights, gradients and tokens between ranks",
     "optimizer": "preserve term, norms, clipping, update",
-    "data": "drawing the batch, and copying it to the device",
+    "data": "waiting for the batch, and copying it to the device",
     "loop": "everything else: logs, checks, checkpoints",
 }
 
