@@ -8,37 +8,17 @@ N pairs, B blocks, M rows of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.chosen import CHOSEN_SHARE
-from dsmixer.experts.dropout import Dropout
-from dsmixer.experts.pairs import Sorted, by_pairs, sort_pairs
+from dsmixer.experts.pairs import Sorted
 
 FILLED = 0.4
 """Share of the rows that have a pair, below which an expert's rows go into several blocks."""
 DEVICE_BLOCK = 64
 """Rows of a block on a device, where the longest would have to be waited for."""
-
-
-def blocked_form(
-    x_TD: torch.Tensor,
-    a_ERD: torch.Tensor,
-    b_ERO: torch.Tensor,
-    s_E: torch.Tensor,
-    assignment: Assignment,
-    dropout: Dropout | None = None,
-) -> torch.Tensor:
-    """Fill blocks with the rows of one expert each and multiply them as one batch."""
-    layout = partial(_layout, num_experts=assignment.num_experts)
-    return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment.pairs, layout, dropout)
-
-
-def _layout(indices_TK: torch.Tensor, num_experts: int) -> BlockedPairs:
-    return blocked_pairs(sort_pairs(indices_TK, num_experts))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from dsmixer.experts.blocked import blocked_pairs
 from dsmixer.experts.chosen import CHOSEN_SHARE
 from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.grouped import sorted_pairs
-from dsmixer.experts.pairs import Pairs, Sorted, by_pairs, sort_pairs
+from dsmixer.experts.pairs import Pairs, Sorted, by_pairs
+
+HIGHEST = 1e300
+"""Bound of a cost in a table; products with numbers of tokens stay finite."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,6 @@ def _is_cost(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HIGHEST
 
 
-HIGHEST = 1e300
-
 MEASURED = FormTable(
     {
         "cpu": Costs(rank=1.3, row=30, call=2e7, always=0, filled=0.75, short=64),
@@ -123,13 +124,12 @@ def pairs_form(
     table: FormTable = MEASURED,
 ) -> torch.Tensor:
     """By pairs, in the layout that suits how the experts are loaded."""
-    rank, costs = a_ERD.shape[1], table.of(x_TD)
-    layout = partial(_layout, num_experts=assignment.num_experts, rank=rank, costs=costs)
-    return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment.pairs, layout, dropout)
+    layout = partial(suited_pairs, rank=a_ERD.shape[1], costs=table.of(x_TD))
+    return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, layout=layout)
 
 
-def _layout(indices_TK: torch.Tensor, num_experts: int, rank: int, costs: Costs) -> Pairs:
-    ordered = sort_pairs(indices_TK, num_experts)
+def suited_pairs(ordered: Sorted, rank: int, costs: Costs) -> Pairs:
+    """Blocks where they suit, else one after the other."""
     return blocked_pairs(ordered) if suits_blocks(ordered, rank, costs) else sorted_pairs(ordered)
 
 

@@ -27,16 +27,18 @@ N pairs of a token and an expert.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.blocked import blocked_form
+from dsmixer.experts.blocked import blocked_pairs
 from dsmixer.experts.choice import MEASURED, FormTable, choose_form, pairs_form
 from dsmixer.experts.dense import dense_form
 from dsmixer.experts.dropout import Dropout, drop
 from dsmixer.experts.few import few_form, is_small, suits_few
-from dsmixer.experts.grouped import grouped_form
+from dsmixer.experts.grouped import sorted_pairs
+from dsmixer.experts.pairs import by_pairs
 
 # (x_TD, a_ERD, b_ERO, s_E, assignment, dropout of x) -> y_TO
 Form = Callable[
@@ -97,17 +99,17 @@ def fused_form(
     """
     if x_TD.device.type != "cuda":
         return pairs_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
-    from dsmixer.experts import fused  # triton is there only beside a GPU
+    from dsmixer.experts.fused import fused_pairs  # triton is there only beside a GPU
 
-    return fused.fused_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+    return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, layout=fused_pairs)
 
 
 forms: dict[str, Form] = {
     "loop": loop_form,
     "dense": dense_form,
     "pairs": pairs_form,
-    "grouped": grouped_form,
-    "blocked": blocked_form,
+    "grouped": partial(by_pairs, layout=sorted_pairs),
+    "blocked": partial(by_pairs, layout=blocked_pairs),
     "fused": fused_form,
     "few": few_form,
 }

@@ -16,13 +16,10 @@ rows of a block, X and Y widths; in a kernel, X and Y are those of a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.dropout import Dropout
-from dsmixer.experts.pairs import Sorted, by_pairs, sort_pairs
+from dsmixer.experts.pairs import Sorted
 
 try:
     import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -38,27 +35,6 @@ NARROWEST = 16
 """Of a tile, for ``tl.dot``: ranks below it are filled up with zeros."""
 LONGEST = 64
 """Rows of a block at most."""
-
-
-def fused_form(
-    x_TD: torch.Tensor,
-    a_ERD: torch.Tensor,
-    b_ERO: torch.Tensor,
-    s_E: torch.Tensor,
-    assignment: Assignment,
-    dropout: Dropout | None = None,
-) -> torch.Tensor:
-    """Multiply each expert's rows by its own two matrices where tokens and banks lie.
-
-    Raises:
-        ValueError: the tokens or the banks are not float32, bfloat16 or float16.
-    """
-    layout = partial(_layout, num_experts=assignment.num_experts)
-    return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment.pairs, layout, dropout)
-
-
-def _layout(indices_TK: torch.Tensor, num_experts: int) -> FusedPairs:
-    return fused_pairs(sort_pairs(indices_TK, num_experts))
 
 
 @dataclass(frozen=True)

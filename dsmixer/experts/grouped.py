@@ -7,32 +7,12 @@ N pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.chosen import CHOSEN_SHARE, put, take
-from dsmixer.experts.dropout import Dropout
-from dsmixer.experts.pairs import Sorted, by_pairs, sort_pairs
-
-
-def grouped_form(
-    x_TD: torch.Tensor,
-    a_ERD: torch.Tensor,
-    b_ERO: torch.Tensor,
-    s_E: torch.Tensor,
-    assignment: Assignment,
-    dropout: Dropout | None = None,
-) -> torch.Tensor:
-    """Sort the pairs by expert and multiply each expert's rows by its own two matrices."""
-    layout = partial(_layout, num_experts=assignment.num_experts)
-    return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment.pairs, layout, dropout)
-
-
-def _layout(indices_TK: torch.Tensor, num_experts: int) -> SortedPairs:
-    return sorted_pairs(sort_pairs(indices_TK, num_experts))
+from dsmixer.experts.pairs import Sorted
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.dropout import Dropout, Masked, scaling_under
 
 
@@ -82,8 +83,8 @@ class Pairs(Protocol):
         """The gradient of a bank: ``sum over an expert's rows of left_i token_i^T``, 0 where it has none."""
 
 
-# indices_TK -> their layout; called in both passes, so that nothing of it is kept between them
-Layout = Callable[[torch.Tensor], Pairs]
+# called in both passes, so that nothing of a layout is kept between them
+Layout = Callable[[Sorted], Pairs]
 
 
 def by_pairs(
@@ -91,12 +92,13 @@ def by_pairs(
     a_ERD: torch.Tensor,
     b_ERO: torch.Tensor,
     s_E: torch.Tensor,
-    pairs: tuple[torch.Tensor, torch.Tensor],
+    assignment: Assignment,
+    dropout: Dropout | None = None,
+    *,
     layout: Layout,
-    dropout: Dropout | None,
 ) -> torch.Tensor:
-    """The sum over experts, ``[T, O]``; ``pairs`` are their indices and weights, ``[T, K]``."""
-    indices_TK, weights_TK = pairs
+    """Each expert's rows, as ``layout`` lays them out, by its own two matrices: a form for each layout."""
+    indices_TK, weights_TK = assignment.pairs
     y_TO: torch.Tensor = _ByPairs.apply(x_TD, a_ERD, b_ERO, weights_TK, indices_TK, s_E, layout, dropout)
     return y_TO
 
@@ -116,7 +118,7 @@ class _ByPairs(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, a_ERD, b_ERO, weights_TK, indices_TK, s_E)
         ctx.layout, ctx.dropout = layout, dropout
-        pairs = layout(indices_TK)
+        pairs = layout(sort_pairs(indices_TK, len(s_E)))
         rows = pairs.rows(Masked(x_TD, dropout).x_TD)
         h_IR = pairs.of_tokens(rows, pairs.take(a_ERD, x_TD.dtype).transpose(1, 2))
         h_IR *= _weights_I1(pairs, weights_TK, _scaling_I(pairs, s_E, dropout), x_TD.dtype)
@@ -128,7 +130,7 @@ class _ByPairs(torch.autograd.Function):
         (g_TO,) = grads
         x_TD, a_ERD, b_ERO, weights_TK, indices_TK, s_E = ctx.saved_tensors
         need_x, need_a, need_b, need_weights, *_ = ctx.needs_input_grad
-        pairs, seen = ctx.layout(indices_TK), Masked(x_TD, ctx.dropout)
+        pairs, seen = ctx.layout(sort_pairs(indices_TK, len(s_E))), Masked(x_TD, ctx.dropout)
         s_I = _scaling_I(pairs, s_E, ctx.dropout)
         weights_I1 = _weights_I1(pairs, weights_TK, s_I, x_TD.dtype)
         a_taken = pairs.take(a_ERD, x_TD.dtype)

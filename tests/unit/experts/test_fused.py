@@ -7,25 +7,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support.form_cases import LEAVES, Case, Leaves, exact_of, gradients, leaves_of, plain_formula, run_form
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmixer.experts.assignment import Assignment
-from dsmixer.experts.dropout import Dropout
-from dsmixer.experts.pairs import sort_pairs
+from dsmixer.experts.pairs import by_pairs, sort_pairs
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as environment:
     if DEVICE == "cpu":
         environment.setenv("TRITON_INTERPRET", "1")  # is looked at where a kernel is defined
-    from dsmixer.experts.fused import fused_form, fused_pairs
-
-LEAVES = ("x", "a", "b", "weights")
+    from dsmixer.experts.fused import fused_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -45,110 +43,48 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
 
-@dataclass(frozen=True)
-class Case:
-    """T tokens, D and O wide, E experts of rank R; K of them a token."""
-
-    T: int
-    D: int
-    O: int
-    E: int
-    R: int
-    K: int
-    lonely: bool = False  # experts above 0 hear nothing
-    absent: bool = False  # some pairs have no expert
-    strided: bool = False  # inputs are not contiguous
-    spread: bool = False  # the incoming gradient is one row for all tokens, of stride 0
-    summed: bool = False  # it is one number for all
-    dropout: float = 0.0
-    dtype: torch.dtype = torch.float32  # of x
-    bank_dtype: torch.dtype = torch.float32
+def case_of(**of: Any) -> Case:
+    """In float32, unless it says something else."""
+    return Case(**{"dtype": torch.float32, "bank_dtype": torch.float32, **of})
 
 
 CASES = {
-    "one token": Case(T=1, D=8, O=8, E=4, R=8, K=1),
-    "no token": Case(T=0, D=8, O=8, E=4, R=8, K=2),
-    "no token for most experts": Case(T=7, D=8, O=8, E=4, R=8, K=2, lonely=True),
-    "absent pairs": Case(T=40, D=24, O=40, E=3, R=8, K=3, absent=True),
-    "rank 1": Case(T=9, D=32, O=16, E=4, R=1, K=2),
-    "rank 6": Case(T=9, D=32, O=16, E=4, R=6, K=2, summed=True),
-    "rank 64": Case(T=50, D=48, O=32, E=2, R=64, K=2),
-    "rank above a tile": Case(T=20, D=16, O=16, E=2, R=130, K=1),
-    "widths above a tile": Case(T=70, D=150, O=300, E=3, R=16, K=2),
-    "odd widths": Case(T=33, D=37, O=19, E=4, R=8, K=2),
-    "not contiguous": Case(T=33, D=20, O=12, E=4, R=6, K=2, strided=True),
-    "gradient of stride 0": Case(T=33, D=20, O=12, E=4, R=8, K=2, spread=True),
-    "gradient of one number": Case(T=33, D=20, O=12, E=4, R=8, K=2, summed=True),
-    "dropout": Case(T=33, D=32, O=16, E=4, R=8, K=2, dropout=0.25),
-    "hard routing": Case(T=64, D=32, O=16, E=6, R=8, K=1),
-    "hard routing, some without": Case(T=64, D=32, O=16, E=2, R=8, K=1, absent=True),
-    "one expert": Case(T=150, D=16, O=24, E=1, R=8, K=1),
-    "more experts than pairs": Case(T=2, D=16, O=16, E=40, R=4, K=2),
-    "bfloat16": Case(T=70, D=32, O=160, E=4, R=8, K=2, absent=True, dtype=torch.bfloat16),
-    "bfloat16, not contiguous": Case(T=20, D=22, O=18, E=3, R=6, K=2, strided=True, dtype=torch.bfloat16),
-    "bfloat16 banks": Case(T=20, D=32, O=16, E=3, R=8, K=2, dtype=torch.bfloat16, bank_dtype=torch.bfloat16),
-    "bfloat16, dropout": Case(T=20, D=32, O=16, E=3, R=8, K=2, dropout=0.25, dtype=torch.bfloat16),
-    "float16": Case(T=20, D=32, O=16, E=3, R=8, K=2, dtype=torch.float16),
+    "one token": case_of(T=1, D=8, O=8, E=4, R=8, K=1),
+    "no token": case_of(T=0, D=8, O=8, E=4, R=8, K=2),
+    "no token for most experts": case_of(T=7, D=8, O=8, E=4, R=8, K=2, lonely=True),
+    "absent pairs": case_of(T=40, D=24, O=40, E=3, R=8, K=3, absent=True),
+    "rank 1": case_of(T=9, D=32, O=16, E=4, R=1, K=2),
+    "rank 6": case_of(T=9, D=32, O=16, E=4, R=6, K=2, summed=True),
+    "rank 64": case_of(T=50, D=48, O=32, E=2, R=64, K=2),
+    "rank above a tile": case_of(T=20, D=16, O=16, E=2, R=130, K=1),
+    "widths above a tile": case_of(T=70, D=150, O=300, E=3, R=16, K=2),
+    "odd widths": case_of(T=33, D=37, O=19, E=4, R=8, K=2),
+    "not contiguous": case_of(T=33, D=20, O=12, E=4, R=6, K=2, strided=True),
+    "gradient of stride 0": case_of(T=33, D=20, O=12, E=4, R=8, K=2, spread=True),
+    "gradient of one number": case_of(T=33, D=20, O=12, E=4, R=8, K=2, summed=True),
+    "dropout": case_of(T=33, D=32, O=16, E=4, R=8, K=2, dropout=0.25),
+    "hard routing": case_of(T=64, D=32, O=16, E=6, R=8, K=1),
+    "hard routing, some without": case_of(T=64, D=32, O=16, E=2, R=8, K=1, absent=True),
+    "one expert": case_of(T=150, D=16, O=24, E=1, R=8, K=1),
+    "more experts than pairs": case_of(T=2, D=16, O=16, E=40, R=4, K=2),
+    "bfloat16": case_of(T=70, D=32, O=160, E=4, R=8, K=2, absent=True, dtype=torch.bfloat16),
+    "bfloat16, not contiguous": case_of(T=20, D=22, O=18, E=3, R=6, K=2, strided=True, dtype=torch.bfloat16),
+    "bfloat16 banks": case_of(
+        T=20, D=32, O=16, E=3, R=8, K=2, dtype=torch.bfloat16, bank_dtype=torch.bfloat16
+    ),
+    "bfloat16, dropout": case_of(T=20, D=32, O=16, E=3, R=8, K=2, dropout=0.25, dtype=torch.bfloat16),
+    "float16": case_of(T=20, D=32, O=16, E=3, R=8, K=2, dtype=torch.float16),
 }
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """Of the largest value; where a GPU rounds to bfloat16, the interpreter cuts bits off."""
 
 
-def leaves_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Leaves with gradients, and the indices ``[T, K]``."""
-    rng = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if case.strided:
-            drawn = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=rng).transpose(-1, -2)
-        else:
-            drawn = torch.randn(*shape, generator=rng)
-        return drawn.to(DEVICE, dtype).requires_grad_()
-
-    leaves = {
-        "x": draw(case.T, case.D, dtype=case.dtype),
-        "a": draw(case.E, case.R, case.D, dtype=case.bank_dtype),
-        "b": draw(case.E, case.R, case.O, dtype=case.bank_dtype),
-        "weights": draw(case.T, case.K),
-    }
-    if case.lonely or case.absent:
-        indices_TK = torch.randint(
-            -1 if case.absent else 0, 1 if case.lonely else case.E, (case.T, case.K), generator=rng
-        )
-    else:
-        indices_TK = torch.rand(case.T, case.E, generator=rng).argsort(1)[:, : case.K].contiguous()
-    return leaves, indices_TK.to(DEVICE)
+def drawn(case: Case) -> tuple[Leaves, torch.Tensor]:
+    return leaves_of(case, DEVICE)
 
 
-def scaling_of(case: Case) -> torch.Tensor:
-    return 0.5 + torch.arange(case.E, dtype=torch.float32, device=DEVICE) / 4
-
-
-def plain_formula(leaves: dict[str, torch.Tensor], indices_TK: torch.Tensor, case: Case) -> torch.Tensor:
-    """``sum_k w_tk s_e B_e A_e x_t`` in one einsum over gathered experts; of the package, dropout's mask."""
-    x, a, b, weights = (leaves[name] for name in LEAVES)
-    if case.dropout:
-        kept = Dropout(case.dropout, seed=3).kept(x)
-        x = x * kept.to(x.dtype) / (1 - case.dropout)
-    safe = indices_TK.clamp_min(0)
-    pair_weights = weights * (indices_TK >= 0) * scaling_of(case).to(x.dtype)[safe]
-    return torch.einsum("tk,tkrd,tkro,td->to", pair_weights, a[safe], b[safe], x)
-
-
-def run(leaves: dict[str, torch.Tensor], indices_TK: torch.Tensor, case: Case) -> torch.Tensor:
-    assignment = Assignment(case.E, indices_TK=indices_TK, weights_TK=leaves["weights"])
-    dropout = Dropout(case.dropout, seed=3) if case.dropout else None
-    return fused_form(leaves["x"], leaves["a"], leaves["b"], scaling_of(case), assignment, dropout)
-
-
-def gradients(y: torch.Tensor, leaves: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
-    """Of the leaves that want one."""
-    named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    if case.summed:
-        return dict(zip(named, torch.autograd.grad(y.sum(), list(named.values())), strict=True))
-    drawn = torch.randn(1 if case.spread else len(y), case.O, generator=torch.Generator().manual_seed(1))
-    incoming = drawn.to(DEVICE, y.dtype).expand(y.shape)
-    return dict(zip(named, torch.autograd.grad(y, list(named.values()), incoming), strict=True))
+def run(leaves: Leaves, indices_TK: torch.Tensor, case: Case) -> torch.Tensor:
+    return run_form(partial(by_pairs, layout=fused_pairs), leaves, indices_TK, case)
 
 
 def assert_near(got: torch.Tensor, wanted: torch.Tensor, case: Case) -> None:
@@ -162,8 +98,8 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, case: Case) -> None:
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_fused_form_equals_the_formula_in_outputs_and_all_gradients(name: str) -> None:
     case = CASES[name]
-    leaves, indices_TK = leaves_of(case)
-    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    leaves, indices_TK = drawn(case)
+    exact = exact_of(leaves)
     y, expected = run(leaves, indices_TK, case), plain_formula(exact, indices_TK, case)
     assert y.dtype == case.dtype
     assert_near(y, expected, case)
@@ -174,8 +110,8 @@ def test_the_fused_form_equals_the_formula_in_outputs_and_all_gradients(name: st
 
 
 def test_pairs_without_an_expert_get_exactly_nothing() -> None:
-    case = Case(T=5, D=8, O=8, E=3, R=8, K=2)
-    leaves, indices_TK = leaves_of(case)
+    case = case_of(T=5, D=8, O=8, E=3, R=8, K=2)
+    leaves, indices_TK = drawn(case)
     indices_TK[1] = -1
     indices_TK[3, 0] = -1
     y = run(leaves, indices_TK, case)
@@ -186,7 +122,7 @@ def test_pairs_without_an_expert_get_exactly_nothing() -> None:
 
 def test_an_expert_without_tokens_gets_a_gradient_of_exactly_zero() -> None:
     case = CASES["no token for most experts"]
-    leaves, indices_TK = leaves_of(case)
+    leaves, indices_TK = drawn(case)
     of = gradients(run(leaves, indices_TK, case), leaves, case)
     assert of["a"][0].any() and not of["a"][1:].any()
     assert of["b"][0].any() and not of["b"][1:].any()
@@ -194,8 +130,8 @@ def test_an_expert_without_tokens_gets_a_gradient_of_exactly_zero() -> None:
 
 @pytest.mark.parametrize("frozen", [("x",), ("a",), ("b",), ("weights",), ("a", "b"), ("x", "weights")])
 def test_what_needs_no_gradient_gets_none_and_changes_no_other(frozen: tuple[str, ...]) -> None:
-    case = Case(T=12, D=20, O=12, E=3, R=8, K=2, absent=True, dropout=0.25)
-    leaves, indices_TK = leaves_of(case)
+    case = case_of(T=12, D=20, O=12, E=3, R=8, K=2, absent=True, dropout=0.25)
+    leaves, indices_TK = drawn(case)
     everything = gradients(run(leaves, indices_TK, case), leaves, case)
     some = {name: leaf.detach().requires_grad_(name not in frozen) for name, leaf in leaves.items()}
     got = gradients(run(some, indices_TK, case), some, case)
@@ -206,10 +142,10 @@ def test_what_needs_no_gradient_gets_none_and_changes_no_other(frozen: tuple[str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
-    case = Case(T=70, D=36, O=20, E=3, R=8, K=2, absent=True, dtype=dtype)
+    case = case_of(T=70, D=36, O=20, E=3, R=8, K=2, absent=True, dtype=dtype)
     runs = []
     for _ in range(2):
-        leaves, indices_TK = leaves_of(case)
+        leaves, indices_TK = drawn(case)
         y = run(leaves, indices_TK, case)
         runs.append((y.detach(), *gradients(y, leaves, case).values()))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
@@ -217,8 +153,8 @@ def test_a_run_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("named", ["x", "bank"])
 def test_float64_is_refused_and_the_forms_that_take_it_are_named(named: str) -> None:
-    case = Case(T=4, D=8, O=8, E=2, R=4, K=1)
-    leaves, indices_TK = leaves_of(case)
+    case = case_of(T=4, D=8, O=8, E=2, R=4, K=1)
+    leaves, indices_TK = drawn(case)
     leaves = {key: leaf.double() if (key == "x") == (named == "x") else leaf for key, leaf in leaves.items()}
     with pytest.raises(ValueError, match=r"not torch\.float64: take the form `grouped`"):
         run(leaves, indices_TK, case)
@@ -273,8 +209,8 @@ def _is_tensor(value: Any) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_copy_of_tokens_or_banks_is_made_and_no_host_waits(dtype: torch.dtype) -> None:
-    case = Case(T=24, D=256, O=16, E=3, R=2, K=2, absent=True, dtype=dtype)
-    leaves, indices_TK = leaves_of(case)
+    case = case_of(T=24, D=256, O=16, E=3, R=2, K=2, absent=True, dtype=dtype)
+    leaves, indices_TK = drawn(case)
     leaves["x"] = leaves["x"].detach()
     inputs = [*leaves.values(), indices_TK]
     with _Watched() as forward:

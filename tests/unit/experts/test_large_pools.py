@@ -91,11 +91,12 @@ def test_layouts_that_look_at_no_number_give_the_same(
     indices_TK.view(-1)[:absent] = -1
     expected = by_loop(given, indices_TK, torch.ones(E, dtype=torch.float64))
 
-    def unseen(indices_TK: torch.Tensor) -> Pairs:
-        return lay_out(replace(sort_pairs(indices_TK, E), seen=False))
+    def unseen(ordered: Sorted) -> Pairs:
+        return lay_out(replace(ordered, seen=False))
 
     x_TD, a_ERD, b_ERO, weights_TK = given.values()
-    y = by_pairs(x_TD, a_ERD, b_ERO, torch.ones(E), (indices_TK, weights_TK), unseen, None)
+    assignment = Assignment(E, indices_TK=indices_TK, weights_TK=weights_TK)
+    y = by_pairs(x_TD, a_ERD, b_ERO, torch.ones(E), assignment, layout=unseen)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for left, right in zip(gradients(y, given), gradients(expected, given), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
