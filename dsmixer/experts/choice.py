@@ -11,7 +11,7 @@ Shapes: T tokens, D input width, E experts, C chosen experts, R LoRA rank, K exp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from dsmixer.experts.blocked import blocked_pairs
 from dsmixer.experts.chosen import CHOSEN_SHARE
 from dsmixer.experts.dropout import Dropout
 from dsmixer.experts.grouped import sorted_pairs
+from dsmixer.experts.host import can_multiply, host_pairs
 from dsmixer.experts.pairs import Pairs, Sorted, by_pairs
 
 HIGHEST = 1e300
@@ -37,6 +38,8 @@ class Costs:
         always: rank up to which the wide product is taken in any case.
         filled: share of the rows of blocks that have a pair, from which on blocks are taken.
         short: mean pairs of an expert times R, below which blocks are taken though they are not filled.
+        fused: mean pairs of an expert times R, up to which pairs are multiplied where they lie, if there are
+            kernels for that.
     """
 
     rank: float
@@ -45,6 +48,7 @@ class Costs:
     always: float
     filled: float
     short: float
+    fused: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,11 @@ class FormTable:
             ValueError: it is something else.
         """
         names = {field.name for field in fields(Costs)}
+        needed = {field.name for field in fields(Costs) if field.default is MISSING}
         if not isinstance(value, dict) or not all(isinstance(of, dict) for of in value.values()):
             raise ValueError("it is no table of devices")
         for name, of in value.items():
-            if of.keys() != names or not all(map(_is_cost, of.values())):
+            if not needed <= of.keys() <= names or not all(map(_is_cost, of.values())):
                 raise ValueError(f"{name!r} wants a number for each of {', '.join(sorted(names))}")
         return cls({name: Costs(**of) for name, of in value.items()})
 
@@ -89,12 +94,12 @@ def _is_cost(value: Any) -> bool:
 
 MEASURED = FormTable(
     {
-        "cpu": Costs(rank=1.3, row=30, call=2e7, always=0, filled=0.75, short=64),
-        "cpu bfloat16": Costs(rank=1.3, row=120, call=6e7, always=0, filled=0.5, short=1500),
+        "cpu": Costs(rank=1.2, row=30, call=4e6, always=0, filled=0.75, short=64, fused=4096),
+        "cpu bfloat16": Costs(rank=1.3, row=120, call=4e7, always=0, filled=0.5, short=1500, fused=800),
         "cuda": Costs(rank=0, row=0, call=0, always=512, filled=1, short=0),
     }
 )
-"""As ``tests.bench.forms`` found them on two cores with AMX; the line of CUDA is not measured."""
+"""As ``tests.bench.forms`` found them on two cores of two makers; the line of CUDA is not measured."""
 
 
 def is_wide(costs: Costs, x_TD: torch.Tensor, num_experts: int, rank: int, top_k: int) -> bool:
@@ -124,13 +129,22 @@ def pairs_form(
     table: FormTable = MEASURED,
 ) -> torch.Tensor:
     """By pairs, in the layout that suits how the experts are loaded."""
-    layout = partial(suited_pairs, rank=a_ERD.shape[1], costs=table.of(x_TD))
+    on_host = x_TD.device.type == "cpu" and can_multiply(x_TD.dtype, a_ERD.dtype)
+    layout = partial(suited_pairs, rank=a_ERD.shape[1], costs=table.of(x_TD), on_host=on_host)
     return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, layout=layout)
 
 
-def suited_pairs(ordered: Sorted, rank: int, costs: Costs) -> Pairs:
-    """Blocks where they suit, else one after the other."""
+def suited_pairs(ordered: Sorted, rank: int, costs: Costs, *, on_host: bool) -> Pairs:
+    """Where they lie, if experts have few rows each and there are kernels ``on_host``; else in blocks, where
+    those suit; else one after the other."""
+    if on_host and ordered.seen and _mean_rows(ordered) * rank <= costs.fused:
+        return host_pairs(ordered)
     return blocked_pairs(ordered) if suits_blocks(ordered, rank, costs) else sorted_pairs(ordered)
+
+
+def _mean_rows(ordered: Sorted) -> float:
+    """Of an expert that has any."""
+    return int(ordered.counts_E.sum()) / max(1, int((ordered.counts_E > 0).sum()))
 
 
 def suits_blocks(ordered: Sorted, rank: int, costs: Costs) -> bool:

@@ -4,10 +4,10 @@
 
 ``loop`` is the reference. ``dense`` makes one wide product of all experts, for pools where E*R is small.
 ``pairs`` lays the pairs of a token and an expert out by expert, so that each expert's rows meet its own
-matrices: ``grouped`` one after the other, ``blocked`` in blocks of one length, or the one of the two that
-suits; ``fused``, in Triton, brings tokens to their experts inside its kernels, for GPUs on which
-``F.grouped_mm`` has none of its own. ``few`` takes each pair by itself: for the few tokens of a decoding
-step, where no gradient is wanted.
+matrices, in the way that suits: ``grouped`` one after the other, ``blocked`` in blocks of one length,
+``fused`` where they lie, by kernels that bring tokens to their experts themselves, in C++ for the CPU and in
+Triton for GPUs on which ``F.grouped_mm`` has none of its own. ``few`` takes each pair by itself: for the few
+tokens of a decoding step, where no gradient is wanted.
 
 All but ``loop`` and ``few`` keep for the backward pass their input, the weights of the pairs and which
 experts they name, all as they were given, and nothing else: the products of size T*E*R are made again, and so
@@ -38,6 +38,7 @@ from dsmixer.experts.dense import dense_form
 from dsmixer.experts.dropout import Dropout, drop
 from dsmixer.experts.few import few_form, is_small, suits_few
 from dsmixer.experts.grouped import sorted_pairs
+from dsmixer.experts.host import host_pairs
 from dsmixer.experts.pairs import by_pairs
 
 # (x_TD, a_ERD, b_ERO, s_E, assignment, dropout of x) -> y_TO
@@ -91,14 +92,15 @@ def fused_form(
     assignment: Assignment,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """The kernels of ``experts.fused`` on a GPU; elsewhere ``pairs``.
+    """The pairs multiplied where they lie: ``experts.host`` on the CPU, ``experts.fused`` elsewhere.
 
     Raises:
         ImportError: triton is not installed.
-        ValueError: there is no kernel for the dtype.
+        UserError: there is no compiler for the kernels of the CPU.
+        ValueError: there is no kernel for the dtypes.
     """
-    if x_TD.device.type != "cuda":
-        return pairs_form(x_TD, a_ERD, b_ERO, s_E, assignment, dropout)
+    if x_TD.device.type == "cpu":
+        return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, layout=host_pairs)
     from dsmixer.experts.fused import fused_pairs  # triton is there only beside a GPU
 
     return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, layout=fused_pairs)

@@ -25,8 +25,7 @@ from dsmixer.experts.choice import choose_form
 from dsmixer.experts.forms import Form, forms
 from dsmixer.training.heap import keep_freed_memory
 
-NAMES = ("dense", "grouped", "blocked", "pairs")
-ON_GPU = (*NAMES, "fused")
+NAMES = ("dense", "grouped", "blocked", "fused", "pairs")
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":
         keep_freed_memory()  # as a run does
-    names = names_on(args.device)
-    print(f"{'':54}" + "".join(f"{name:>10}" for name in names) + "   ms, forward and backward")
+    print(f"{'':54}" + "".join(f"{name:>10}" for name in NAMES) + "   ms, forward and backward")
     for dtype, width, tokens, pool, load in itertools.product(
         args.dtypes, args.widths, args.tokens, args.pools, args.loads
     ):
@@ -88,10 +86,6 @@ def main() -> None:
         best, auto = min(found, key=lambda name: found[name]), chosen(point)
         times = "".join(f"{of:10.2f}" for of in found.values())
         print(f"{point.title()}{times}   {best:8} {auto:8} {found[auto] / found[best]:5.2f}", flush=True)
-
-
-def names_on(device: str) -> tuple[str, ...]:
-    return NAMES if device == "cpu" else ON_GPU
 
 
 def chosen(point: Point) -> str:
@@ -117,7 +111,7 @@ def measure(point: Point, rounds: int) -> dict[str, float]:
         for leaf in (x_TD, *banks):
             leaf.grad = None
 
-    times: dict[str, list[float]] = {name: [] for name in names_on(point.device)}
+    times: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(rounds + 1):
         for name in times:
             seconds = timed(lambda name=name: step(forms[name]), point.device)  # type: ignore[misc]

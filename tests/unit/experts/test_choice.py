@@ -30,7 +30,8 @@ def pairs(num_tokens: int, num_experts: int, top_k: int, among: int | None = Non
     [
         (torch.float32, 2048, 1024, 6, 64, 3, None, "pairs"),
         (torch.float32, 2048, 1024, 6, 64, 1, None, "pairs"),
-        (torch.float32, 1024, 128, 6, 64, 3, None, "dense"),
+        (torch.float32, 1024, 128, 6, 64, 3, None, "pairs"),
+        (torch.float32, 1024, 32, 6, 64, 3, None, "dense"),
         (torch.bfloat16, 2048, 1024, 6, 64, 3, None, "dense"),
         (torch.bfloat16, 2048, 1024, 16, 64, 3, None, "pairs"),
         (torch.float32, 2048, 1024, 196, 16, 3, None, "pairs"),
@@ -73,11 +74,12 @@ def test_a_bank_does_as_its_own_table_says(monkeypatch: pytest.MonkeyPatch) -> N
         for weights in (bank.lora_A, bank.lora_B):
             weights.normal_(generator=torch.Generator().manual_seed(1))
     x_TD, assignment = torch.randn(64, 16, generator=torch.Generator().manual_seed(2)), pairs(64, 4, 2)
-    never = replace(CPU, rank=0, row=0, call=0, filled=2.0, short=0)
+    never = replace(CPU, rank=0, row=0, call=0, filled=2.0, short=0, fused=0)
     tables = {
         "dense": FormTable({"cpu": replace(CPU, always=1e9)}),
         "grouped": FormTable({"cpu": never}),
         "blocked": FormTable({"cpu": replace(never, filled=0.0)}),
+        "fused": FormTable({"cpu": replace(never, fused=1e9)}),
     }
     blocked: list[int] = []
     products = BlockedPairs.of_tokens
@@ -97,6 +99,11 @@ def test_a_bank_does_as_its_own_table_says(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_table_goes_through_json() -> None:
     assert FormTable.from_json(MEASURED.to_json()) == MEASURED
+
+
+def test_a_table_from_before_the_kernels_of_the_host_never_takes_them() -> None:
+    before = {key: value for key, value in vars(CPU).items() if key != "fused"}
+    assert FormTable.from_json({"cpu": before}).costs["cpu"] == replace(CPU, fused=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The fused form against one plain formula in float64: on a GPU if there is one, else by interpretation."""
+"""The fused form against one plain formula in float64: its kernels in C++, and those in Triton, on a GPU
+if there is one and else by interpretation."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from support.form_cases import LEAVES, Case, Leaves, exact_of, gradients, leaves_of, plain_formula, run_form
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmixer.experts.pairs import by_pairs, sort_pairs
+from dsmixer.experts.host import host_pairs
+from dsmixer.experts.pairs import Layout, by_pairs, sort_pairs
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +26,28 @@ with pytest.MonkeyPatch.context() as environment:
     if DEVICE == "cpu":
         environment.setenv("TRITON_INTERPRET", "1")  # is looked at where a kernel is defined
     from dsmixer.experts.fused import fused_pairs
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation, and where it runs."""
+
+    layout: Layout
+    device: str
+
+    def drawn(self, case: Case) -> tuple[Leaves, torch.Tensor]:
+        return leaves_of(case, self.device)
+
+    def run(self, leaves: Leaves, indices_TK: torch.Tensor, case: Case) -> torch.Tensor:
+        return run_form(partial(by_pairs, layout=self.layout), leaves, indices_TK, case)
+
+
+KERNELS = {"triton": Kernels(fused_pairs, DEVICE), "c++": Kernels(host_pairs, "cpu")}
+
+
+@pytest.fixture(params=list(KERNELS))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return KERNELS[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +96,10 @@ CASES = {
     "bfloat16 banks": case_of(
         T=20, D=32, O=16, E=3, R=8, K=2, dtype=torch.bfloat16, bank_dtype=torch.bfloat16
     ),
+    "bfloat16 banks, wide": case_of(
+        T=70, D=270, O=37, E=3, R=6, K=2, dtype=torch.bfloat16, bank_dtype=torch.bfloat16
+    ),
+    "bfloat16 banks under float32": case_of(T=20, D=32, O=16, E=3, R=8, K=2, bank_dtype=torch.bfloat16),
     "bfloat16, dropout": case_of(T=20, D=32, O=16, E=3, R=8, K=2, dropout=0.25, dtype=torch.bfloat16),
     "float16": case_of(T=20, D=32, O=16, E=3, R=8, K=2, dtype=torch.float16),
 }
@@ -79,28 +107,22 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """Of the largest value; where a GPU rounds to bfloat16, the interpreter cuts bits off."""
 
 
-def drawn(case: Case) -> tuple[Leaves, torch.Tensor]:
-    return leaves_of(case, DEVICE)
-
-
-def run(leaves: Leaves, indices_TK: torch.Tensor, case: Case) -> torch.Tensor:
-    return run_form(partial(by_pairs, layout=fused_pairs), leaves, indices_TK, case)
-
-
 def assert_near(got: torch.Tensor, wanted: torch.Tensor, case: Case) -> None:
     assert got.shape == wanted.shape
     assert torch.isfinite(got).all()
     if got.numel():
-        bound = TOLERANCES[case.dtype] * float(wanted.detach().abs().max())
+        bound = max(TOLERANCES[case.dtype], TOLERANCES[case.bank_dtype]) * float(wanted.detach().abs().max())
         assert float((got.double() - wanted).detach().abs().max()) <= bound
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_the_fused_form_equals_the_formula_in_outputs_and_all_gradients(name: str) -> None:
+def test_the_fused_form_equals_the_formula_in_outputs_and_all_gradients(kernels: Kernels, name: str) -> None:
     case = CASES[name]
-    leaves, indices_TK = drawn(case)
+    if kernels.device == "cpu" and case.dtype == torch.float16 and kernels.layout is host_pairs:
+        pytest.skip("the kernels in C++ refuse float16, see below")
+    leaves, indices_TK = kernels.drawn(case)
     exact = exact_of(leaves)
-    y, expected = run(leaves, indices_TK, case), plain_formula(exact, indices_TK, case)
+    y, expected = kernels.run(leaves, indices_TK, case), plain_formula(exact, indices_TK, case)
     assert y.dtype == case.dtype
     assert_near(y, expected, case)
     got, wanted = gradients(y, leaves, case), gradients(expected, exact, case)
@@ -109,55 +131,57 @@ def test_the_fused_form_equals_the_formula_in_outputs_and_all_gradients(name: st
         assert_near(got[leaf], wanted[leaf], case)
 
 
-def test_pairs_without_an_expert_get_exactly_nothing() -> None:
+def test_pairs_without_an_expert_get_exactly_nothing(kernels: Kernels) -> None:
     case = case_of(T=5, D=8, O=8, E=3, R=8, K=2)
-    leaves, indices_TK = drawn(case)
+    leaves, indices_TK = kernels.drawn(case)
     indices_TK[1] = -1
     indices_TK[3, 0] = -1
-    y = run(leaves, indices_TK, case)
+    y = kernels.run(leaves, indices_TK, case)
     of = gradients(y, leaves, case)
     assert not y[1].any() and not of["x"][1].any() and not of["weights"][1].any()
     assert not of["weights"][3, 0] and of["weights"][3, 1]
 
 
-def test_an_expert_without_tokens_gets_a_gradient_of_exactly_zero() -> None:
+def test_an_expert_without_tokens_gets_a_gradient_of_exactly_zero(kernels: Kernels) -> None:
     case = CASES["no token for most experts"]
-    leaves, indices_TK = drawn(case)
-    of = gradients(run(leaves, indices_TK, case), leaves, case)
+    leaves, indices_TK = kernels.drawn(case)
+    of = gradients(kernels.run(leaves, indices_TK, case), leaves, case)
     assert of["a"][0].any() and not of["a"][1:].any()
     assert of["b"][0].any() and not of["b"][1:].any()
 
 
 @pytest.mark.parametrize("frozen", [("x",), ("a",), ("b",), ("weights",), ("a", "b"), ("x", "weights")])
-def test_what_needs_no_gradient_gets_none_and_changes_no_other(frozen: tuple[str, ...]) -> None:
+def test_what_needs_no_gradient_gets_none_and_changes_no_other(
+    kernels: Kernels, frozen: tuple[str, ...]
+) -> None:
     case = case_of(T=12, D=20, O=12, E=3, R=8, K=2, absent=True, dropout=0.25)
-    leaves, indices_TK = drawn(case)
-    everything = gradients(run(leaves, indices_TK, case), leaves, case)
+    leaves, indices_TK = kernels.drawn(case)
+    everything = gradients(kernels.run(leaves, indices_TK, case), leaves, case)
     some = {name: leaf.detach().requires_grad_(name not in frozen) for name, leaf in leaves.items()}
-    got = gradients(run(some, indices_TK, case), some, case)
+    got = gradients(kernels.run(some, indices_TK, case), some, case)
     assert got.keys() == set(LEAVES) - set(frozen)
     for name, gradient in got.items():
         assert torch.equal(gradient, everything[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_run_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
+def test_a_run_is_the_same_bit_for_bit(kernels: Kernels, dtype: torch.dtype) -> None:
     case = case_of(T=70, D=36, O=20, E=3, R=8, K=2, absent=True, dtype=dtype)
     runs = []
     for _ in range(2):
-        leaves, indices_TK = drawn(case)
-        y = run(leaves, indices_TK, case)
+        leaves, indices_TK = kernels.drawn(case)
+        y = kernels.run(leaves, indices_TK, case)
         runs.append((y.detach(), *gradients(y, leaves, case).values()))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("named", ["x", "bank"])
-def test_float64_is_refused_and_the_forms_that_take_it_are_named(named: str) -> None:
+def test_float64_is_refused_and_the_forms_that_take_it_are_named(kernels: Kernels, named: str) -> None:
     case = case_of(T=4, D=8, O=8, E=2, R=4, K=1)
-    leaves, indices_TK = drawn(case)
+    leaves, indices_TK = kernels.drawn(case)
     leaves = {key: leaf.double() if (key == "x") == (named == "x") else leaf for key, leaf in leaves.items()}
     with pytest.raises(ValueError, match=r"not torch\.float64: take the form `grouped`"):
-        run(leaves, indices_TK, case)
+        kernels.run(leaves, indices_TK, case)
 
 
 @pytest.mark.parametrize(
@@ -210,11 +234,11 @@ def _is_tensor(value: Any) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_copy_of_tokens_or_banks_is_made_and_no_host_waits(dtype: torch.dtype) -> None:
     case = case_of(T=24, D=256, O=16, E=3, R=2, K=2, absent=True, dtype=dtype)
-    leaves, indices_TK = drawn(case)
+    leaves, indices_TK = KERNELS["triton"].drawn(case)
     leaves["x"] = leaves["x"].detach()
     inputs = [*leaves.values(), indices_TK]
     with _Watched() as forward:
-        y = run(leaves, indices_TK, case)
+        y = KERNELS["triton"].run(leaves, indices_TK, case)
     cast_bytes = leaves["a"].numel() * dtype.itemsize
     assert max(forward.sizes(but=inputs)) < cast_bytes < leaves["x"].nbytes
     with _Watched() as backward:

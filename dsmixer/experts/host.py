@@ -1,0 +1,118 @@
+"""The pairs of a token and an expert multiplied where they lie, by kernels in C++ for the CPU.
+
+A thread takes rows of one expert and reads their tokens at their places, and a bank in its own dtype, so that
+neither is copied; sums are float32. Every number is the work of one thread, in a fixed order: a run is the
+same bit for bit, on any number of threads.
+
+Shapes: T tokens, E experts, K experts a token, I pairs that have an expert, L their limits, X and Y widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dsmixer.config.errors import UserError
+from dsmixer.experts.host_library import HostLibraryError, call, has_host_library, host_library
+from dsmixer.experts.pairs import Sorted
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Of rows and of banks, in any pair."""
+
+
+def can_multiply(rows: torch.dtype, bank: torch.dtype) -> bool:
+    """Whether there is a kernel for rows and banks of these dtypes, here."""
+    return rows in NAMES and bank in NAMES and has_host_library()
+
+
+@dataclass(frozen=True)
+class HostPairs:
+    """The pairs that have an expert, in the order of their experts: ``Pairs``.
+
+    Attributes:
+        pair_I: their places in the flattened ``[T, K]``.
+        expert_I: the expert of each.
+        token_I: the token of each.
+        limit_L: where the rows of each expert begin, and the end of the last, ``[E + 1]``.
+        num_tokens: T.
+    """
+
+    pair_I: torch.Tensor
+    expert_I: torch.Tensor
+    token_I: torch.Tensor
+    limit_L: torch.Tensor
+    num_tokens: int
+
+    def take(self, bank_EXY: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bank as it is: a kernel widens what it reads of it.
+
+        Raises:
+            ValueError: there is no kernel for its dtype or that of the rows.
+        """
+        for wanted in (dtype, bank_EXY.dtype):
+            if wanted not in NAMES:
+                raise ValueError(
+                    f"the fused form on the CPU multiplies float32 and bfloat16, not {wanted}: take the form "
+                    "`grouped` or `blocked`"
+                )
+        return bank_EXY
+
+    def rows(self, x_TX: torch.Tensor) -> torch.Tensor:
+        return _lined_up(x_TX)
+
+    def of_tokens(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        _, depth, columns = matrices.shape
+        bank_EYX = _lined_up(matrices.transpose(1, 2))
+        out_IY = rows.new_empty(len(self.pair_I), columns)
+        strides = bank_EYX.stride()[:2]
+        self._call("of_tokens", depth, columns, bank_EYX, rows, rows.stride(0), bank_EYX, *strides, out_IY)
+        return out_IY
+
+    def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        _, depth, columns = matrices.shape
+        bank_EXY = _lined_up(matrices)
+        out_TY = left_IX.new_zeros(self.num_tokens, columns, dtype=torch.float32)
+        strides = bank_EXY.stride()[:2]
+        self._call("to_tokens", depth, columns, bank_EXY, left_IX.contiguous(), bank_EXY, *strides, out_TY)
+        return out_TY.to(left_IX.dtype)
+
+    def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
+        _, depth, columns = bank_EXY.shape
+        grad_EXY = torch.empty_like(bank_EXY, memory_format=torch.contiguous_format)
+        left_IX = left_IX.contiguous()
+        self._call("outer", depth, columns, grad_EXY, rows, rows.stride(0), left_IX, grad_EXY)
+        return grad_EXY
+
+    def _call(
+        self, name: str, depth: int, columns: int, bank: torch.Tensor, *operands: torch.Tensor | int
+    ) -> None:
+        """The kernel for the dtypes of the rows, which come first, and of the bank; X and Y are its sizes."""
+        rows = operands[0]
+        assert isinstance(rows, torch.Tensor)
+        kernel = f"{name}_{NAMES[rows.dtype]}_{NAMES[bank.dtype]}"
+        sizes = len(self.limit_L) - 1, depth, columns, torch.get_num_threads()
+        call(kernel, *operands, self.token_I, self.limit_L, *sizes)
+
+
+def host_pairs(ordered: Sorted) -> HostPairs:
+    """Leave out the pairs without an expert.
+
+    Raises:
+        UserError: there are no kernels here.
+    """
+    try:
+        host_library()
+    except HostLibraryError as error:
+        fix = "install g++ or name a compiler in CXX, or take `auto`"
+        raise UserError(f"the fused form has no kernels: {error}", where="mixer.compute", fix=fix) from error
+    limit_L = F.pad(ordered.counts_E.cumsum(0), (1, 0))
+    present = int(limit_L[-1])
+    pair_I, (num_tokens, top_k) = ordered.pair_N[:present], ordered.shape
+    return HostPairs(pair_I, ordered.expert_N[:present], pair_I // max(1, top_k), limit_L, num_tokens)
+
+
+def _lined_up(rows: torch.Tensor) -> torch.Tensor:
+    """With the numbers of a row side by side."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,126 @@
+"""The kernels in C++: on any number of threads, without copies, and where they can't be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.form_cases import Case, gradients, leaves_of, run_form
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsmixer.config.errors import UserError
+from dsmixer.experts import host_library
+from dsmixer.experts.choice import MEASURED, pairs_form, suited_pairs
+from dsmixer.experts.forms import forms
+from dsmixer.experts.host import HostPairs, can_multiply
+from dsmixer.experts.pairs import sort_pairs
+
+CPU = MEASURED.costs["cpu"]
+CASE = Case(
+    T=70, D=300, O=40, E=5, R=6, K=2, absent=True, dtype=torch.float32, bank_dtype=torch.float32, spread=True
+)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder, and a process that has not asked for the kernels yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached = (host_library.host_library, host_library.has_host_library)
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bit_for_bit(dtype: torch.dtype) -> None:
+    case, threads, found = Case(**{**vars(CASE), "dtype": dtype}), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            leaves, indices_TK = leaves_of(case)
+            y = run_form(forms["fused"], leaves, indices_TK, case)
+            found.append((y.detach(), *gradients(y, leaves, case).values()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+class _Made(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation makes, views left out."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known, self.largest = {of.untyped_storage().data_ptr() for of in given}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.known:
+            self.largest = max(self.largest, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_forward_pass_copies_neither_tokens_nor_banks(dtype: torch.dtype) -> None:
+    case = Case(T=24, D=256, O=16, E=3, R=2, K=2, dtype=dtype, bank_dtype=torch.float32)
+    leaves, indices_TK = leaves_of(case)
+    with _Made([*leaves.values(), indices_TK]) as made, torch.no_grad():
+        run_form(forms["fused"], leaves, indices_TK, case)
+    assert 0 < made.largest < leaves["a"].numel() * dtype.itemsize < leaves["x"].nbytes
+
+
+def test_short_rows_are_multiplied_where_they_lie_and_long_ones_in_blocks() -> None:
+    short, long = torch.arange(60).view(20, 3) % 6, torch.arange(1200).view(400, 3) % 6
+    assert isinstance(suited_pairs(sort_pairs(short, 6), 64, CPU, on_host=True), HostPairs)
+    assert not isinstance(suited_pairs(sort_pairs(long, 6), 64, CPU, on_host=True), HostPairs)
+    assert not isinstance(suited_pairs(sort_pairs(short, 6), 64, CPU, on_host=False), HostPairs)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("no-such-one", "there is no compiler 'no-such-one'"), ("false", "false fails")],
+)
+def test_without_a_compiler_the_form_is_refused_and_the_choice_does_without(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, message: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    leaves, indices_TK = leaves_of(CASE)
+    with pytest.raises(UserError, match=message):
+        run_form(forms["fused"], leaves, indices_TK, CASE)
+    assert not can_multiply(torch.float32, torch.float32)
+    blocks = run_form(forms["blocked"], leaves, indices_TK, CASE)
+    assert torch.equal(run_form(pairs_form, leaves, indices_TK, CASE), blocks)
+    assert not list(elsewhere.rglob("*.part"))
+
+
+def test_the_kernels_are_kept_and_a_file_that_is_none_is_made_again(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert host_library.has_host_library()
+    (kept,) = elsewhere.rglob("*.so")
+    assert kept.parent == host_library.cache_folder() == elsewhere / "dsmixer"
+    other = elsewhere / "other" / "dsmixer" / kept.name  # a path that this process has not loaded
+    other.parent.mkdir(parents=True)
+    other.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "other"))
+    host_library.host_library.cache_clear()
+    assert host_library.host_library()._name == str(other)
+    assert other.stat().st_size == kept.stat().st_size
+
+
+def test_ranks_that_compile_at_once_all_get_a_whole_file(elsewhere: Path) -> None:
+    program = "from dsmixer.experts.host_library import host_library; print(host_library()._name)"
+    start = partial(subprocess.Popen, [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    running = [start() for _ in range(3)]
+    named = {process.communicate()[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    (kept,) = (elsewhere / "dsmixer").iterdir()
+    assert named == {str(kept)}
