@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from dsmixer.experts.assignment import Assignment
 from dsmixer.experts.dropout import Dropout, drop
+from dsmixer.experts.host import add_answers, can_multiply
 
 MAX_PAIRS = 64  # from there on sorting costs less than to take each pair's matrices
 SMALL_POOL = 512
@@ -64,38 +65,20 @@ def few_form(
     """``A_e x`` of each pair by itself, then one weighted sum over the rows of the pairs' ``B_e``."""
     x_TD = drop(x_TD, dropout)
     indices_TK, weights_TK = assignment.indices_TK, assignment.weights_TK
-    if indices_TK is not None and weights_TK is not None and _reads_in_place(x_TD):
-        return _in_place(x_TD, a_ERD, b_ERO, s_E.tolist(), indices_TK.tolist(), weights_TK.tolist())
+    reads_in_place = _reads_in_place(x_TD) and can_multiply(x_TD.dtype, a_ERD.dtype)
+    if indices_TK is not None and weights_TK is not None and reads_in_place:
+        banks = (bank.detach().contiguous() for bank in (a_ERD, b_ERO))
+        y_TO = x_TD.new_zeros(x_TD.shape[0], b_ERO.shape[2])
+        add_answers(y_TO, x_TD, *banks, s_E.float(), indices_TK, weights_TK.float())
+        return y_TO
     indices_TK, weights_TK = assignment.as_pairs()
     scaled_TK = (weights_TK * s_E.to(weights_TK.dtype)[indices_TK]).to(x_TD.dtype)
     return _up(_down(x_TD, a_ERD, indices_TK) * scaled_TK[:, :, None], b_ERO, indices_TK)
 
 
 def _reads_in_place(x_TD: torch.Tensor) -> bool:
-    """On the CPU a loop over the pairs is cheaper than copies of their matrices, where a product with one
-    vector is as fast as memory: bfloat16's is not."""
-    return x_TD.device.type == "cpu" and x_TD.dtype != torch.bfloat16 and not torch.is_grad_enabled()
-
-
-def _in_place(
-    x_TD: torch.Tensor,
-    a_ERD: torch.Tensor,
-    b_ERO: torch.Tensor,
-    scaling: list[float],
-    chosen: list[list[int]],
-    weights: list[list[float]],
-) -> torch.Tensor:
-    """One product of matrix and vector after the other, without a copy."""
-    cast = a_ERD.dtype != x_TD.dtype
-    y_TO = x_TD.new_zeros(x_TD.shape[0], b_ERO.shape[2])
-    for x_D, y_O, experts, weights_K in zip(x_TD, y_TO, chosen, weights, strict=True):
-        for e, weight in zip(experts, weights_K, strict=True):
-            if e >= 0:
-                a_RD, b_RO = a_ERD[e], b_ERO[e]
-                if cast:
-                    a_RD, b_RO = a_RD.to(x_TD.dtype), b_RO.to(x_TD.dtype)
-                y_O.addmv_(b_RO.T, torch.mv(a_RD, x_D), alpha=weight * scaling[e])
-    return y_TO
+    """Whether a kernel reads the pairs' matrices where they lie, without a copy: on the CPU."""
+    return x_TD.device.type == "cpu" and not torch.is_grad_enabled() and can_multiply(x_TD.dtype, x_TD.dtype)
 
 
 def _down(x_TD: torch.Tensor, a_ERD: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
@@ -138,13 +121,11 @@ class ServedBank:
     def __init__(self, a_ERD: torch.Tensor, b_ERO: torch.Tensor, scaling: Sequence[float]) -> None:
         num_experts, rank, width = b_ERO.shape
         self._places = a_ERD.data_ptr(), b_ERO.data_ptr()
-        self._a_ERD, self._scaling = a_ERD, list(scaling)
-        self._a_RD = list(a_ERD.unbind(0))
-        self._b_OR = [b_RO.T for b_RO in b_ERO.unbind(0)]
+        self._a_ERD, self._b_ERO = a_ERD, b_ERO
         self._b_FO = b_ERO.view(num_experts * rank, width)
-        self._same = self._scaling[0] if len(set(self._scaling)) == 1 else None
+        self._same = scaling[0] if len(set(scaling)) == 1 else None
         with torch.inference_mode(False):  # what is made inside could not be used outside of it
-            self._s_E = torch.tensor(self._scaling, device=a_ERD.device)
+            self._s_E = torch.tensor(scaling, device=a_ERD.device)
             self._rows_ER = torch.arange(num_experts * rank, device=a_ERD.device).view(num_experts, rank)
 
     def shows(self, a_ERD: torch.Tensor, b_ERO: torch.Tensor) -> bool:
@@ -154,7 +135,7 @@ class ServedBank:
     def add(
         self, y_TO: torch.Tensor, x_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """``y_t + sum_k w_tk s_e B_e A_e x_t``, in ``y_TO`` itself where a loop over the pairs is cheapest.
+        """``y_t + sum_k w_tk s_e B_e A_e x_t``, in ``y_TO`` itself where a kernel does it.
 
         Args:
             y_TO: the projection's own output, of the bank's dtype, contiguous, which nobody else holds.
@@ -164,11 +145,7 @@ class ServedBank:
         """
         if not _reads_in_place(x_TD):
             return y_TO + self._gathered(x_TD, indices_TK, weights_TK)
-        for x_D, y_O, experts, weights_K in zip(
-            x_TD.unbind(0), y_TO.unbind(0), indices_TK.tolist(), weights_TK.tolist(), strict=True
-        ):
-            for e, weight in zip(experts, weights_K, strict=True):
-                y_O.addmv_(self._b_OR[e], torch.mv(self._a_RD[e], x_D), alpha=weight * self._scaling[e])
+        add_answers(y_TO, x_TD, self._a_ERD, self._b_ERO, self._s_E, indices_TK, weights_TK)
         return y_TO
 
     def _gathered(

@@ -9,13 +9,14 @@ Shapes: T tokens, E experts, K experts a token, I pairs that have an expert, L t
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from dsmixer.config.errors import UserError
-from dsmixer.experts.host_library import HostLibraryError, call, has_host_library, host_library
+from dsmixer.experts.host_library import HostLibraryError, has_host_library, host_library
 from dsmixer.experts.pairs import Sorted
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -67,7 +68,9 @@ class HostPairs:
         bank_EYX = _lined_up(matrices.transpose(1, 2))
         out_IY = rows.new_empty(len(self.pair_I), columns)
         strides = bank_EYX.stride()[:2]
-        self._call("of_tokens", depth, columns, bank_EYX, rows, rows.stride(0), bank_EYX, *strides, out_IY)
+        self._multiply(
+            "of_tokens", depth, columns, bank_EYX, rows, rows.stride(0), bank_EYX, *strides, out_IY
+        )
         return out_IY
 
     def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
@@ -75,25 +78,26 @@ class HostPairs:
         bank_EXY = _lined_up(matrices)
         out_TY = left_IX.new_zeros(self.num_tokens, columns, dtype=torch.float32)
         strides = bank_EXY.stride()[:2]
-        self._call("to_tokens", depth, columns, bank_EXY, left_IX.contiguous(), bank_EXY, *strides, out_TY)
+        self._multiply(
+            "to_tokens", depth, columns, bank_EXY, left_IX.contiguous(), bank_EXY, *strides, out_TY
+        )
         return out_TY.to(left_IX.dtype)
 
     def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
         _, depth, columns = bank_EXY.shape
         grad_EXY = torch.empty_like(bank_EXY, memory_format=torch.contiguous_format)
         left_IX = left_IX.contiguous()
-        self._call("outer", depth, columns, grad_EXY, rows, rows.stride(0), left_IX, grad_EXY)
+        self._multiply("outer", depth, columns, grad_EXY, rows, rows.stride(0), left_IX, grad_EXY)
         return grad_EXY
 
-    def _call(
+    def _multiply(
         self, name: str, depth: int, columns: int, bank: torch.Tensor, *operands: torch.Tensor | int
     ) -> None:
         """The kernel for the dtypes of the rows, which come first, and of the bank; X and Y are its sizes."""
         rows = operands[0]
         assert isinstance(rows, torch.Tensor)
-        kernel = f"{name}_{NAMES[rows.dtype]}_{NAMES[bank.dtype]}"
         sizes = len(self.limit_L) - 1, depth, columns, torch.get_num_threads()
-        call(kernel, *operands, self.token_I, self.limit_L, *sizes)
+        _call(name, rows.dtype, bank.dtype, *operands, self.token_I, self.limit_L, *sizes)
 
 
 def host_pairs(ordered: Sorted) -> HostPairs:
@@ -105,12 +109,48 @@ def host_pairs(ordered: Sorted) -> HostPairs:
     try:
         host_library()
     except HostLibraryError as error:
-        fix = "install g++ or name a compiler in CXX, or take `auto`"
+        fix = "see what `dsmixer doctor` says of the compiler, or take `auto`"
         raise UserError(f"the fused form has no kernels: {error}", where="mixer.compute", fix=fix) from error
     limit_L = F.pad(ordered.counts_E.cumsum(0), (1, 0))
     present = int(limit_L[-1])
     pair_I, (num_tokens, top_k) = ordered.pair_N[:present], ordered.shape
     return HostPairs(pair_I, ordered.expert_N[:present], pair_I // max(1, top_k), limit_L, num_tokens)
+
+
+def add_answers(
+    y_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    a_ERD: torch.Tensor,
+    b_ERO: torch.Tensor,
+    s_E: torch.Tensor,
+    indices_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> None:
+    """Add ``sum_k w_tk s_e B_e A_e x_t`` to ``y_TO`` in place, for a few tokens and without gradients.
+
+    Args:
+        y_TO: contiguous, of the dtype of ``x_TD``.
+        x_TD: the tokens.
+        a_ERD, b_ERO: the bank, contiguous, of one dtype.
+        s_E: scaling, float32.
+        indices_TK: experts of each token, int64; -1 for none.
+        weights_TK: their weights, float32.
+    """
+    x_TD, (num_tokens, top_k) = _lined_up(x_TD), indices_TK.shape
+    sizes = num_tokens, top_k, *a_ERD.shape[1:], b_ERO.shape[2], torch.get_num_threads()
+    pairs = indices_TK.contiguous(), weights_TK.contiguous()
+    _call("answer", x_TD.dtype, a_ERD.dtype, x_TD, x_TD.stride(0), a_ERD, b_ERO, s_E, *pairs, y_TO, *sizes)
+
+
+def _call(name: str, rows: torch.dtype, bank: torch.dtype, *arguments: torch.Tensor | int) -> None:
+    """A kernel by addresses and numbers; the lock of Python is free meanwhile."""
+    kernel = getattr(host_library(), f"{name}_{NAMES[rows]}_{NAMES[bank]}")
+    kernel(
+        *(
+            ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int64(value)
+            for value in arguments
+        )
+    )
 
 
 def _lined_up(rows: torch.Tensor) -> torch.Tensor:

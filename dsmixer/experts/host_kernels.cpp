@@ -289,6 +289,68 @@ void outer(
     }
 }
 
+// to[.] += factors[0] * rows[0][.] + ... for N rows, a stream each
+template <Index N, class Bank>
+void add_rows(const float* factors, const Bank* rows, Index stride, Index width, float* to) {
+    Index y = 0;
+    for (; y + LANES <= width; y += LANES) {
+        Vector sum = load(to + y);
+        for (Index n = 0; n < N; ++n) sum += factors[n] * load(rows + n * stride + y);
+        store(sum, to + y);
+    }
+    for (; y < width; ++y)
+        for (Index n = 0; n < N; ++n) to[y] += factors[n] * widened(rows[n * stride + y]);
+}
+
+// What a few tokens are answered, one after the other; each expert's matrices are read once, by all threads.
+template <class Row, class Bank>
+void answer(
+    const Row* tokens, Index token_stride, const Bank* a, const Bank* b, const float* scale, const Index* expert,
+    const float* weight, Row* out, Index num_tokens, Index top_k, Index rank, Index depth, Index columns,
+    Index threads
+) {
+    std::vector<float> x(depth), inner(top_k * rank), sums(columns);
+    const Index parts = (rank + COLUMNS - 1) / COLUMNS;
+    const Index panels = (columns + LANES - 1) / LANES, share = (panels + threads - 1) / threads * LANES;
+#pragma omp parallel num_threads(threads)
+    for (Index t = 0; t < num_tokens; ++t) {
+        const Index* chosen = expert + t * top_k;
+#pragma omp single
+        widen(tokens + t * token_stride, x.data(), depth);
+#pragma omp for schedule(static)
+        for (Index number = 0; number < top_k * parts; ++number) {
+            const Index k = number / parts, first = number % parts * COLUMNS;
+            if (chosen[k] < 0) continue;
+            const Bank* matrix = a + (chosen[k] * rank + first) * depth;
+            float* to = inner.data() + k * rank + first;
+            const Index count = std::min(COLUMNS, rank - first);
+            if (count == COLUMNS)
+                dots<1, COLUMNS>(x.data(), depth, matrix, depth, to, COLUMNS);
+            else
+                for (Index r = 0; r < count; ++r) dots<1, 1>(x.data(), depth, matrix + r * depth, depth, to + r, 1);
+            for (Index r = 0; r < count; ++r) to[r] *= weight[t * top_k + k] * scale[chosen[k]];
+        }
+#pragma omp for schedule(static)
+        for (Index thread = 0; thread < threads; ++thread) {
+            const Index first = thread * share, width = std::min(columns - first, share);
+            if (width <= 0) continue;
+            float* sum = sums.data() + first;
+            std::fill_n(sum, width, 0.0f);
+            for (Index k = 0; k < top_k; ++k) {
+                if (chosen[k] < 0) continue;
+                const Bank* matrix = b + chosen[k] * rank * columns + first;
+                const float* factors = inner.data() + k * rank;
+                Index r = 0;
+                for (; r + COLUMNS <= rank; r += COLUMNS)
+                    add_rows<COLUMNS>(factors + r, matrix + r * columns, columns, width, sum);
+                for (; r < rank; ++r) add_rows<1>(factors + r, matrix + r * columns, columns, width, sum);
+            }
+            Row* to = out + t * columns + first;
+            for (Index y = 0; y < width; ++y) narrow(widened(to[y]) + sum[y], to + y);
+        }
+    }
+}
+
 }  // namespace
 
 #define EXPORTED(NAME, ROW, BANK)                                                                              \
@@ -315,6 +377,16 @@ void outer(
         const Index* limit, Index num_experts, Index depth, Index columns, Index threads                       \
     ) {                                                                                                        \
         outer(tokens, token_stride, left, out, token, limit, num_experts, depth, columns, threads);            \
+    }                                                                                                          \
+    extern "C" void answer_##NAME(                                                                             \
+        const ROW* tokens, Index token_stride, const BANK* a, const BANK* b, const float* scale,               \
+        const Index* expert, const float* weight, ROW* out, Index num_tokens, Index top_k, Index rank,         \
+        Index depth, Index columns, Index threads                                                              \
+    ) {                                                                                                        \
+        answer(                                                                                                \
+            tokens, token_stride, a, b, scale, expert, weight, out, num_tokens, top_k, rank, depth, columns,   \
+            threads                                                                                            \
+        );                                                                                                     \
     }
 
 EXPORTED(float32_float32, float, float)

@@ -1,7 +1,8 @@
 """The kernels of ``host_kernels.cpp``, compiled for this processor when they are first wanted.
 
 The source depends on nothing but the C++ library and OpenMP, so that takes about two seconds. What comes out
-lies in the user's cache folder, under a name made of the source, the flags, the compiler and the processor.
+lies beside what DeepSpeed builds, under a name made of the source, the flags, the compiler and the processor.
+No torch here: ``dsmixer doctor`` looks where it is built on machines whose torch does not work.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-
-import torch
 
 SOURCE = Path(__file__).with_name("host_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -37,12 +36,12 @@ def host_library() -> ctypes.CDLL:
         HostLibraryError: there is no compiler, it fails, or there is no place for what it makes.
     """
     try:
-        path = cache_folder() / f"host_kernels-{_fingerprint()}.so"
+        path = extensions_folder() / "dsmixer" / f"host_kernels-{_fingerprint()}.so"
         with contextlib.suppress(OSError):  # it is not there, or no library
             return ctypes.CDLL(str(path))
         _compile(path)
         return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise HostLibraryError(str(error)) from error
 
 
@@ -56,23 +55,16 @@ def has_host_library() -> bool:
     return True
 
 
-def call(kernel: str, *arguments: torch.Tensor | int) -> None:
-    """Call a kernel with the addresses of tensors, and with numbers; the lock of Python is free meanwhile."""
-    values = [
-        ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int64(value)
-        for value in arguments
-    ]
-    getattr(host_library(), kernel)(*values)
+def extensions_folder() -> Path:
+    """Where torch, and so DeepSpeed, keeps the extensions that it builds."""
+    return Path(
+        os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.path.expanduser("~/.cache")) / "torch_extensions"
+    )
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/dsmixer`` or ``~/.cache/dsmixer``."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dsmixer"
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX") or "g++"
+def compiler_name() -> str:
+    """As ``torch.utils.cpp_extension`` finds it."""
+    return os.environ.get("CXX") or "c++"
 
 
 def _fingerprint() -> str:
@@ -81,15 +73,15 @@ def _fingerprint() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     abilities = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     model = next((line for line in lines if line.startswith("model name")), "")
-    about = (SOURCE.read_text(), *FLAGS, _compiler(), platform.machine(), model, abilities)
+    about = (SOURCE.read_text(), *FLAGS, compiler_name(), platform.machine(), model, abilities)
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
 
 
 def _compile(path: Path) -> None:
     """Compile beside ``path``, then rename: ranks that do so at once do not meet, none sees half a file."""
-    compiler = shutil.which(_compiler())
+    compiler = shutil.which(compiler_name())
     if compiler is None:
-        raise HostLibraryError(f"there is no compiler {_compiler()!r}")
+        raise HostLibraryError(f"there is no compiler {compiler_name()!r}")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(descriptor)

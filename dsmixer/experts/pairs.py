@@ -76,8 +76,8 @@ class Pairs(Protocol):
         """The token of each row by the matrix ``[X, Y]`` of its expert: ``[I, Y]``."""
 
     def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        """Each row by the matrix ``[X, Y]`` of its expert, added up for each token in the order of its
-        choices, ``[T, Y]``: the same on every run."""
+        """Each row by the matrix ``[X, Y]`` of its expert, added up for each token, ``[T, Y]``, in an order
+        that is the same on every run."""
 
     def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
         """The gradient of a bank: ``sum over an expert's rows of left_i token_i^T``, 0 where it has none."""

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsmixer.experts.host_library import compiler_name, extensions_folder
 from dsmixer.training.machine.child import run_child
 from dsmixer.training.machine.finding import Finding, ok, problem, warning
 from dsmixer.training.machine.open_files import is_open
@@ -42,13 +43,6 @@ def check_building(answers: Answers, seconds: float) -> list[Finding]:
     return found
 
 
-def extensions_folder() -> Path:
-    """Where torch builds extensions."""
-    return Path(
-        os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.path.expanduser("~/.cache")) / "torch_extensions"
-    )
-
-
 def _lacking(check: str, gpus: bool, found: str, fix: str) -> Finding:
     """On the CPU every run builds an op; on GPUs those alone that offload the optimizer."""
     if gpus:
@@ -57,7 +51,7 @@ def _lacking(check: str, gpus: bool, found: str, fix: str) -> Finding:
 
 
 def _compiler(gpus: bool, seconds: float) -> Finding:
-    name = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension
+    name = compiler_name()
     path = shutil.which(name)
     if path is None:
         return _lacking("compiler", gpus, f"there is no {name}", "install one, such as: apt-get install g++")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.form_cases import Case, gradients, leaves_of, run_form
+from support.form_cases import Case, exact_of, gradients, leaves_of, plain_formula, run_form, scaling_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmixer.config.errors import UserError
 from dsmixer.experts import host_library
 from dsmixer.experts.choice import MEASURED, pairs_form, suited_pairs
 from dsmixer.experts.forms import forms
-from dsmixer.experts.host import HostPairs, can_multiply
+from dsmixer.experts.host import HostPairs, add_answers, can_multiply
 from dsmixer.experts.pairs import sort_pairs
 
 CPU = MEASURED.costs["cpu"]
@@ -29,8 +29,8 @@ CASE = Case(
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache folder, and a process that has not asked for the kernels yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    """An empty folder of extensions, and a process that has not asked for the kernels yet."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     cached = (host_library.host_library, host_library.has_host_library)
     for function in cached:
         function.cache_clear()
@@ -52,6 +52,31 @@ def test_any_number_of_threads_gives_the_same_bit_for_bit(dtype: torch.dtype) ->
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("bank", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rank", "width", "num_tokens"), [(1, 16, 1), (6, 37, 3), (8, 15, 2), (64, 300, 1)], ids=str
+)
+def test_answers_to_a_few_tokens_equal_the_sum_in_float64_on_any_number_of_threads(
+    rank: int, width: int, num_tokens: int, given: torch.dtype, bank: torch.dtype
+) -> None:
+    case = Case(T=num_tokens, D=33, O=width, E=4, R=rank, K=3, absent=True, dtype=given, bank_dtype=bank)
+    leaves, indices_TK = leaves_of(case)
+    given_TO = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(1)).to(given)
+    expected = given_TO.double() + plain_formula(exact_of(leaves), indices_TK, case).detach()
+    x, a, b, weights = (leaf.detach() for leaf in leaves.values())
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(given_TO.clone())
+            add_answers(found[-1], x, a, b, scaling_of(case), indices_TK, weights)
+    finally:
+        torch.set_num_threads(threads)
+    assert (found[0].double() - expected).norm() <= {4: 1e-6, 2: 3e-3}[given.itemsize] * expected.norm()
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 class _Made(TorchDispatchMode):
@@ -106,11 +131,11 @@ def test_the_kernels_are_kept_and_a_file_that_is_none_is_made_again(
 ) -> None:
     assert host_library.has_host_library()
     (kept,) = elsewhere.rglob("*.so")
-    assert kept.parent == host_library.cache_folder() == elsewhere / "dsmixer"
+    assert kept.parent == elsewhere / "dsmixer"
     other = elsewhere / "other" / "dsmixer" / kept.name  # a path that this process has not loaded
     other.parent.mkdir(parents=True)
     other.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "other"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(elsewhere / "other"))
     host_library.host_library.cache_clear()
     assert host_library.host_library()._name == str(other)
     assert other.stat().st_size == kept.stat().st_size
