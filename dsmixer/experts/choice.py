@@ -11,7 +11,7 @@ Shapes: T tokens, D input width, E experts, C chosen experts, R LoRA rank, K exp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class FormTable:
-    """What decides between the forms; the same table and the same tokens give the same form.
+    """What decides between the forms; the same table and the same tokens give the same form, as long as the
+    kernels that it wants can be had.
 
     Attributes:
         costs: by ``"cpu float32"``, kind of device and dtype; a device alone stands for its other dtypes.
@@ -66,6 +67,15 @@ class FormTable:
         device, dtype = x_TD.device.type, str(x_TD.dtype).removeprefix("torch.")
         found = self.costs.get(f"{device} {dtype}") or self.costs.get(device)
         return found or MEASURED.costs.get(device) or MEASURED.costs["cuda"]
+
+    @property
+    def wants_kernels(self) -> bool:
+        """Whether it takes the kernels for the CPU anywhere."""
+        return any(costs.fused > 0 for costs in self.costs.values())
+
+    def without_kernels(self) -> FormTable:
+        """The same for a machine on which they can't be had."""
+        return FormTable({name: replace(costs, fused=0.0) for name, costs in self.costs.items()})
 
     def to_json(self) -> dict[str, dict[str, float]]:
         return {name: asdict(costs) for name, costs in self.costs.items()}
@@ -83,7 +93,7 @@ class FormTable:
             raise ValueError("it is no table of devices")
         for name, of in value.items():
             if not needed <= of.keys() <= names or not all(map(_is_cost, of.values())):
-                raise ValueError(f"{name!r} wants a number for each of {', '.join(sorted(names))}")
+                raise ValueError(f"{name!r} wants a number for each of {', '.join(sorted(needed))}")
         return cls({name: Costs(**of) for name, of in value.items()})
 
 
@@ -129,7 +139,7 @@ def pairs_form(
     table: FormTable = MEASURED,
 ) -> torch.Tensor:
     """By pairs, in the layout that suits how the experts are loaded."""
-    on_host = x_TD.device.type == "cpu" and can_multiply(x_TD.dtype, a_ERD.dtype)
+    on_host = x_TD.device.type == "cpu" and can_multiply(x_TD.dtype, a_ERD.dtype, b_ERO.dtype)
     layout = partial(suited_pairs, rank=a_ERD.shape[1], costs=table.of(x_TD), on_host=on_host)
     return by_pairs(x_TD, a_ERD, b_ERO, s_E, assignment, dropout, layout=layout)
 
@@ -137,7 +147,7 @@ def pairs_form(
 def suited_pairs(ordered: Sorted, rank: int, costs: Costs, *, on_host: bool) -> Pairs:
     """Where they lie, if experts have few rows each and there are kernels ``on_host``; else in blocks, where
     those suit; else one after the other."""
-    if on_host and ordered.seen and _mean_rows(ordered) * rank <= costs.fused:
+    if on_host and ordered.seen and 0 < _mean_rows(ordered) * rank <= costs.fused:
         return host_pairs(ordered)
     return blocked_pairs(ordered) if suits_blocks(ordered, rank, costs) else sorted_pairs(ordered)
 

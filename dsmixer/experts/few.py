@@ -62,23 +62,27 @@ def few_form(
     assignment: Assignment,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """``A_e x`` of each pair by itself, then one weighted sum over the rows of the pairs' ``B_e``."""
+    """Each pair by itself: by a kernel that reads its matrices where they lie, or ``A_e x`` of each, then one
+    weighted sum over the rows of the pairs' ``B_e``."""
     x_TD = drop(x_TD, dropout)
     indices_TK, weights_TK = assignment.indices_TK, assignment.weights_TK
-    reads_in_place = _reads_in_place(x_TD) and can_multiply(x_TD.dtype, a_ERD.dtype)
-    if indices_TK is not None and weights_TK is not None and reads_in_place:
-        banks = (bank.detach().contiguous() for bank in (a_ERD, b_ERO))
+    if indices_TK is not None and weights_TK is not None and _reads_in_place(x_TD, a_ERD, b_ERO):
+        a_ERD, b_ERO = a_ERD.contiguous(), b_ERO.contiguous()
         y_TO = x_TD.new_zeros(x_TD.shape[0], b_ERO.shape[2])
-        add_answers(y_TO, x_TD, *banks, s_E.float(), indices_TK, weights_TK.float())
+        add_answers(y_TO, x_TD, a_ERD, b_ERO, s_E.float(), indices_TK, weights_TK.float())
         return y_TO
     indices_TK, weights_TK = assignment.as_pairs()
     scaled_TK = (weights_TK * s_E.to(weights_TK.dtype)[indices_TK]).to(x_TD.dtype)
     return _up(_down(x_TD, a_ERD, indices_TK) * scaled_TK[:, :, None], b_ERO, indices_TK)
 
 
-def _reads_in_place(x_TD: torch.Tensor) -> bool:
-    """Whether a kernel reads the pairs' matrices where they lie, without a copy: on the CPU."""
-    return x_TD.device.type == "cpu" and not torch.is_grad_enabled() and can_multiply(x_TD.dtype, x_TD.dtype)
+def _reads_in_place(x_TD: torch.Tensor, *banks: torch.Tensor) -> bool:
+    """Whether a kernel reads the pairs' matrices where they lie, without a copy: on the CPU, in banks of one
+    dtype."""
+    if x_TD.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    dtypes = {bank.dtype for bank in banks}
+    return len(dtypes) <= 1 and can_multiply(x_TD.dtype, *dtypes)
 
 
 def _down(x_TD: torch.Tensor, a_ERD: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
@@ -125,7 +129,7 @@ class ServedBank:
         self._b_FO = b_ERO.view(num_experts * rank, width)
         self._same = scaling[0] if len(set(scaling)) == 1 else None
         with torch.inference_mode(False):  # what is made inside could not be used outside of it
-            self._s_E = torch.tensor(scaling, device=a_ERD.device)
+            self._s_E = torch.tensor(scaling, dtype=torch.float32, device=a_ERD.device)
             self._rows_ER = torch.arange(num_experts * rank, device=a_ERD.device).view(num_experts, rank)
 
     def shows(self, a_ERD: torch.Tensor, b_ERO: torch.Tensor) -> bool:

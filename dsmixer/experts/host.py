@@ -23,9 +23,9 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Of rows and of banks, in any pair."""
 
 
-def can_multiply(rows: torch.dtype, bank: torch.dtype) -> bool:
-    """Whether there is a kernel for rows and banks of these dtypes, here."""
-    return rows in NAMES and bank in NAMES and has_host_library()
+def can_multiply(*dtypes: torch.dtype) -> bool:
+    """Whether there are kernels, here, for rows and banks of these dtypes."""
+    return all(dtype in NAMES for dtype in dtypes) and has_host_library()
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class HostPairs:
 
     def of_tokens(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         _, depth, columns = matrices.shape
+        assert rows.shape[1] == depth, (rows.shape, matrices.shape)
         bank_EYX = _lined_up(matrices.transpose(1, 2))
         out_IY = rows.new_empty(len(self.pair_I), columns)
         strides = bank_EYX.stride()[:2]
@@ -75,6 +76,7 @@ class HostPairs:
 
     def to_tokens(self, left_IX: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         _, depth, columns = matrices.shape
+        assert left_IX.shape == (len(self.pair_I), depth), (left_IX.shape, matrices.shape)
         bank_EXY = _lined_up(matrices)
         out_TY = left_IX.new_zeros(self.num_tokens, columns, dtype=torch.float32)
         strides = bank_EXY.stride()[:2]
@@ -85,6 +87,11 @@ class HostPairs:
 
     def outer(self, left_IX: torch.Tensor, rows: torch.Tensor, bank_EXY: torch.Tensor) -> torch.Tensor:
         _, depth, columns = bank_EXY.shape
+        assert left_IX.shape == (len(self.pair_I), depth) and rows.shape[1] == columns, (
+            left_IX.shape,
+            rows.shape,
+        )
+        assert left_IX.dtype == rows.dtype, (left_IX.dtype, rows.dtype)
         grad_EXY = torch.empty_like(bank_EXY, memory_format=torch.contiguous_format)
         left_IX = left_IX.contiguous()
         self._multiply("outer", depth, columns, grad_EXY, rows, rows.stride(0), left_IX, grad_EXY)
@@ -131,26 +138,39 @@ def add_answers(
     Args:
         y_TO: contiguous, of the dtype of ``x_TD``.
         x_TD: the tokens.
-        a_ERD, b_ERO: the bank, contiguous, of one dtype.
+        a_ERD, b_ERO: the bank, contiguous, of float32 or bfloat16.
         s_E: scaling, float32.
-        indices_TK: experts of each token, int64; -1 for none.
+        indices_TK: experts of each token; -1 for none.
         weights_TK: their weights, float32.
+
+    Raises:
+        IndexError: an index names no expert.
     """
-    x_TD, (num_tokens, top_k) = _lined_up(x_TD), indices_TK.shape
-    sizes = num_tokens, top_k, *a_ERD.shape[1:], b_ERO.shape[2], torch.get_num_threads()
-    pairs = indices_TK.contiguous(), weights_TK.contiguous()
-    _call("answer", x_TD.dtype, a_ERD.dtype, x_TD, x_TD.stride(0), a_ERD, b_ERO, s_E, *pairs, y_TO, *sizes)
+    (num_experts, rank, depth), (num_tokens, top_k) = a_ERD.shape, indices_TK.shape
+    width = b_ERO.shape[2]
+    # a kernel believes what it is told
+    assert x_TD.shape == (num_tokens, depth) and y_TO.shape == (num_tokens, width), (x_TD.shape, y_TO.shape)
+    assert b_ERO.shape[:2] == (num_experts, rank) and s_E.shape == (num_experts,), (b_ERO.shape, s_E.shape)
+    assert x_TD.dtype == y_TO.dtype and a_ERD.dtype == b_ERO.dtype, (x_TD.dtype, y_TO.dtype, b_ERO.dtype)
+    assert s_E.dtype == weights_TK.dtype == torch.float32, (s_E.dtype, weights_TK.dtype)
+    assert all(of.is_contiguous() for of in (y_TO, a_ERD, b_ERO, s_E)), "not contiguous"
+    x_TD, indices_TK, weights_TK = _lined_up(x_TD), indices_TK.long().contiguous(), weights_TK.contiguous()
+    given = x_TD, x_TD.stride(0), a_ERD, b_ERO, s_E, indices_TK, weights_TK, y_TO
+    sizes = num_tokens, top_k, num_experts, rank, depth, width, torch.get_num_threads()
+    if _call("answer", x_TD.dtype, a_ERD.dtype, *given, *sizes):
+        raise IndexError(f"an index is above {num_experts - 1}, the last expert")
 
 
-def _call(name: str, rows: torch.dtype, bank: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """A kernel by addresses and numbers; the lock of Python is free meanwhile."""
+def _call(name: str, rows: torch.dtype, bank: torch.dtype, *arguments: torch.Tensor | int) -> int:
+    """A kernel by addresses and numbers, and what it returns; the lock of Python is free meanwhile."""
     kernel = getattr(host_library(), f"{name}_{NAMES[rows]}_{NAMES[bank]}")
-    kernel(
+    returned: int = kernel(
         *(
             ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int64(value)
             for value in arguments
         )
     )
+    return returned
 
 
 def _lined_up(rows: torch.Tensor) -> torch.Tensor:

@@ -302,13 +302,16 @@ void add_rows(const float* factors, const Bank* rows, Index stride, Index width,
         for (Index n = 0; n < N; ++n) to[y] += factors[n] * widened(rows[n * stride + y]);
 }
 
-// What a few tokens are answered, one after the other; each expert's matrices are read once, by all threads.
+// What a few tokens are answered, one after the other, each expert's matrices read by all threads. Whether an index
+// names no expert: then nothing is done.
 template <class Row, class Bank>
-void answer(
+int answer(
     const Row* tokens, Index token_stride, const Bank* a, const Bank* b, const float* scale, const Index* expert,
-    const float* weight, Row* out, Index num_tokens, Index top_k, Index rank, Index depth, Index columns,
-    Index threads
+    const float* weight, Row* out, Index num_tokens, Index top_k, Index num_experts, Index rank, Index depth,
+    Index columns, Index threads
 ) {
+    for (Index n = 0; n < num_tokens * top_k; ++n)
+        if (expert[n] >= num_experts) return 1;
     std::vector<float> x(depth), inner(top_k * rank), sums(columns);
     const Index parts = (rank + COLUMNS - 1) / COLUMNS;
     const Index panels = (columns + LANES - 1) / LANES, share = (panels + threads - 1) / threads * LANES;
@@ -349,6 +352,7 @@ void answer(
             for (Index y = 0; y < width; ++y) narrow(widened(to[y]) + sum[y], to + y);
         }
     }
+    return 0;
 }
 
 }  // namespace
@@ -378,14 +382,14 @@ void answer(
     ) {                                                                                                        \
         outer(tokens, token_stride, left, out, token, limit, num_experts, depth, columns, threads);            \
     }                                                                                                          \
-    extern "C" void answer_##NAME(                                                                             \
+    extern "C" int answer_##NAME(                                                                              \
         const ROW* tokens, Index token_stride, const BANK* a, const BANK* b, const float* scale,               \
-        const Index* expert, const float* weight, ROW* out, Index num_tokens, Index top_k, Index rank,         \
-        Index depth, Index columns, Index threads                                                              \
+        const Index* expert, const float* weight, ROW* out, Index num_tokens, Index top_k, Index num_experts,  \
+        Index rank, Index depth, Index columns, Index threads                                                  \
     ) {                                                                                                        \
-        answer(                                                                                                \
-            tokens, token_stride, a, b, scale, expert, weight, out, num_tokens, top_k, rank, depth, columns,   \
-            threads                                                                                            \
+        return answer(                                                                                         \
+            tokens, token_stride, a, b, scale, expert, weight, out, num_tokens, top_k, num_experts, rank,      \
+            depth, columns, threads                                                                            \
         );                                                                                                     \
     }
 

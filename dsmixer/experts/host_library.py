@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -62,9 +63,9 @@ def extensions_folder() -> Path:
     )
 
 
-def compiler_name() -> str:
-    """As ``torch.utils.cpp_extension`` finds it."""
-    return os.environ.get("CXX") or "c++"
+def compiler_command() -> list[str]:
+    """The compiler, and what ``CXX`` wants before all other arguments, as ``torch.utils.cpp_extension``."""
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def _fingerprint() -> str:
@@ -73,23 +74,29 @@ def _fingerprint() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     abilities = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     model = next((line for line in lines if line.startswith("model name")), "")
-    about = (SOURCE.read_text(), *FLAGS, compiler_name(), platform.machine(), model, abilities)
+    about = (SOURCE.read_text(), *FLAGS, *compiler_command(), platform.machine(), model, abilities)
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+
+
+def _first_error(text: str) -> str:
+    """The first line of a compiler's output that is an error."""
+    lines = text.strip().splitlines() or ["it says nothing"]
+    return next((line.strip() for line in lines if "error" in line.lower()), lines[-1])
 
 
 def _compile(path: Path) -> None:
     """Compile beside ``path``, then rename: ranks that do so at once do not meet, none sees half a file."""
-    compiler = shutil.which(compiler_name())
-    if compiler is None:
-        raise HostLibraryError(f"there is no compiler {compiler_name()!r}")
+    compiler, *first = compiler_command()
+    if shutil.which(compiler) is None:
+        raise HostLibraryError(f"there is no compiler {compiler!r}")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(descriptor)
     try:
-        command = [compiler, *FLAGS, "-o", name, str(SOURCE)]
+        command = [compiler, *first, *FLAGS, "-o", name, str(SOURCE)]
         made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILING)
         if made.returncode:
-            raise HostLibraryError(f"{compiler} fails: {made.stderr.strip()[-500:]}")
+            raise HostLibraryError(f"{compiler} fails: {_first_error(made.stderr)}")
         with open(name, "rb") as whole:
             os.fsync(whole.fileno())  # what is renamed before it is written may be cut off after a crash
         os.replace(name, path)

@@ -40,9 +40,10 @@ class ServedMixer:
         weights = [of._parameters.get(name) for of, name in _weights_of(mixer)]
         if not all(isinstance(of, nn.Parameter) and not hasattr(of, "ds_id") for of in weights):
             return None
-        if bank.lora_A.dtype != bank.lora_B.dtype or _disturbed(
-            mixer, _hooks_of(mixer), bank.lora_A.device.type
-        ):
+        a_ERD, b_ERO = bank.lora_A, bank.lora_B
+        if a_ERD.dtype != b_ERO.dtype or not (a_ERD.is_contiguous() and b_ERO.is_contiguous()):
+            return None
+        if _disturbed(mixer, _hooks_of(mixer), a_ERD.device.type):
             return None
         return cls(mixer)
 

@@ -13,8 +13,9 @@ from dsmixer.model.mixed_linear import MixedLinear
 def ready_to_serve(model: nn.Module) -> nn.Module:
     """Hold experts and routers in the dtype that their products run in, the base's.
 
-    The outputs stay what they were, bit for bit: the products ran in that dtype before, on weights that were
-    cast anew for every token. With a bf16 base this halves the memory of experts and routers and what a
+    The outputs stay what they were: the products ran in that dtype before, on weights that were cast anew for
+    every token. Kernels for the CPU, which under a bf16 base read float32 weights as they were, now read them
+    rounded as all other forms did. With a bf16 base this halves the memory of experts and routers and what a
     token reads of them. To train on or to save, load the mixture again: the float32 weights are gone.
 
     Args:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dsmixer.config.errors import RunError, UserError, from_os_error
+from dsmixer.experts.host_library import extensions_folder
 from dsmixer.training.machine.open_files import is_open
 
 Result = TypeVar("Result")
@@ -152,8 +153,7 @@ def _prepare_shared_memory_op(local_rank: int) -> None:
     A process killed while it built the op leaves a lock that every later start would wait on forever; and
     each rank's buffer of 69 MB in shared memory is never removed: not at its end, nor after it was killed.
     """
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    for lock in Path(folder).glob("**/deepspeed_shm_comm/lock"):
+    for lock in extensions_folder().glob("**/deepspeed_shm_comm/lock"):
         if local_rank == 0 and not is_open(lock):
             lock.unlink(missing_ok=True)
     if local_rank == 0:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsmixer.experts.host_library import compiler_name, extensions_folder
+from dsmixer.experts.host_library import HostLibraryError, compiler_command, extensions_folder, host_library
 from dsmixer.training.machine.child import run_child
 from dsmixer.training.machine.finding import Finding, ok, problem, warning
 from dsmixer.training.machine.open_files import is_open
@@ -38,9 +38,18 @@ def check_building(answers: Answers, seconds: float) -> list[Finding]:
     gpus = int(answers["torch"].facts.get("count", 0)) > 0
     found = [_compiler(gpus, seconds), _ninja(gpus, seconds), *_locks(extensions_folder())]
     found.append(_ops(answers))
-    if gpus:
-        found.append(_toolkit(answers, seconds))
+    found.append(_toolkit(answers, seconds) if gpus else _kernels())
     return found
+
+
+def _kernels() -> Finding:
+    """Those of the mixers for the CPU."""
+    try:
+        host_library()
+    except HostLibraryError as error:
+        fix = "see the line compiler; a newer g++ may do. Without them the mixers take slower forms"
+        return warning("CPU kernels", str(error), fix)
+    return ok("CPU kernels", "those of the mixers are compiled for this processor")
 
 
 def _lacking(check: str, gpus: bool, found: str, fix: str) -> Finding:
@@ -51,7 +60,7 @@ def _lacking(check: str, gpus: bool, found: str, fix: str) -> Finding:
 
 
 def _compiler(gpus: bool, seconds: float) -> Finding:
-    name = compiler_name()
+    name, *first = compiler_command()
     path = shutil.which(name)
     if path is None:
         return _lacking("compiler", gpus, f"there is no {name}", "install one, such as: apt-get install g++")
@@ -59,7 +68,7 @@ def _compiler(gpus: bool, seconds: float) -> Finding:
     try:
         there = nearest_folder(there)
         with tempfile.TemporaryDirectory(prefix=".dsmixer-doctor-", dir=there) as folder:
-            trouble = _build(path, Path(folder), seconds)
+            trouble = _build([path, *first], Path(folder), seconds)
     except OSError as error:
         fix = "free space there, make it writable, or set TORCH_EXTENSIONS_DIR to another folder"
         return _lacking("compiler", gpus, f"nothing can be built in {there}: {error.strerror}", fix)
@@ -69,13 +78,13 @@ def _compiler(gpus: bool, seconds: float) -> Finding:
     return ok("compiler", f"{path} builds extensions ({version[0] if version else 'no version'})")
 
 
-def _build(compiler: str, folder: Path, seconds: float) -> tuple[str, str] | None:
+def _build(compiler: list[str], folder: Path, seconds: float) -> tuple[str, str] | None:
     """Build the small extension and run it; what is wrong, and the fix."""
     source, library = folder / "small.cpp", folder / "small.so"
     source.write_text(SOURCE)
     include = f"-I{sysconfig.get_paths()['include']}"
     flags = ["-O2", "-fopenmp", "-fPIC", "-shared", include]
-    ended = run_child([compiler, *flags, str(source), "-o", str(library)], seconds, {"TMPDIR": str(folder)})
+    ended = run_child([*compiler, *flags, str(source), "-o", str(library)], seconds, {"TMPDIR": str(folder)})
     if ended.trouble is not None:
         return _first_error(ended.err) or ended.trouble, _compiler_fix(ended.err)
     try:

@@ -3,6 +3,7 @@ if there is one and else by interpretation."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -20,12 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsmixer.experts.host import host_pairs
 from dsmixer.experts.pairs import Layout, by_pairs, sort_pairs
 
-pytest.importorskip("triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with pytest.MonkeyPatch.context() as environment:
-    if DEVICE == "cpu":
-        environment.setenv("TRITON_INTERPRET", "1")  # is looked at where a kernel is defined
-    from dsmixer.experts.fused import fused_pairs
+if HAS_TRITON:
+    with pytest.MonkeyPatch.context() as environment:
+        if DEVICE == "cpu":
+            environment.setenv("TRITON_INTERPRET", "1")  # is looked at where a kernel is defined
+        from dsmixer.experts.fused import fused_pairs
+else:
+    fused_pairs = None  # type: ignore[assignment]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Kernels:
 KERNELS = {"triton": Kernels(fused_pairs, DEVICE), "c++": Kernels(host_pairs, "cpu")}
 
 
-@pytest.fixture(params=list(KERNELS))
+@pytest.fixture(params=[pytest.param("triton", marks=needs_triton), "c++"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return KERNELS[request.param]
 
@@ -53,7 +58,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 @pytest.fixture(autouse=True)
 def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It multiplies their bits as integers (seen in 3.9.0); float32 holds the values and their products."""
-    if DEVICE != "cpu":
+    if DEVICE != "cpu" or not HAS_TRITON:
         return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder
@@ -184,6 +189,7 @@ def test_float64_is_refused_and_the_forms_that_take_it_are_named(kernels: Kernel
         kernels.run(leaves, indices_TK, case)
 
 
+@needs_triton
 @pytest.mark.parametrize(
     "indices_TK",
     [
@@ -231,6 +237,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == DEVICE
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_copy_of_tokens_or_banks_is_made_and_no_host_waits(dtype: torch.dtype) -> None:
     case = case_of(T=24, D=256, O=16, E=3, R=2, K=2, absent=True, dtype=dtype)
@@ -275,6 +282,7 @@ for capability, rows, bank in ((80, "bf16", "bf16"), (86, "fp32", "fp32"), (89, 
 """
 
 
+@needs_triton
 def test_the_kernels_compile_for_gpus_that_are_not_here_within_their_shared_memory(tmp_path: Any) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

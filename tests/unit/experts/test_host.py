@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmixer.config.errors import UserError
 from dsmixer.experts import host_library
+from dsmixer.experts.assignment import Assignment
+from dsmixer.experts.bank import ExpertBank
 from dsmixer.experts.choice import MEASURED, pairs_form, suited_pairs
 from dsmixer.experts.forms import forms
 from dsmixer.experts.host import HostPairs, add_answers, can_multiply
@@ -79,6 +81,77 @@ def test_answers_to_a_few_tokens_equal_the_sum_in_float64_on_any_number_of_threa
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.fixture
+def two_tokens() -> dict[str, torch.Tensor]:
+    """Arguments of ``add_answers`` but ``y_TO``."""
+    case = Case(T=2, D=8, O=8, E=4, R=8, K=2, dtype=torch.float32, bank_dtype=torch.float32)
+    leaves, indices_TK = leaves_of(case)
+    x, a, b, weights = (leaf.detach() for leaf in leaves.values())
+    named = {"x_TD": x, "a_ERD": a, "b_ERO": b, "s_E": scaling_of(case)}
+    return named | {"indices_TK": indices_TK, "weights_TK": weights}
+
+
+def test_an_index_above_the_last_expert_is_told_before_anything_is_read(
+    two_tokens: dict[str, torch.Tensor],
+) -> None:
+    two_tokens["indices_TK"][1, 0] = 4
+    y_TO = torch.zeros(2, 8)
+    with pytest.raises(IndexError, match="above 3, the last expert"):
+        add_answers(y_TO, **two_tokens)
+    assert not y_TO.any()
+
+
+def test_indices_of_32_bits_are_those_of_64(two_tokens: dict[str, torch.Tensor]) -> None:
+    wide_TO, narrow_TO = torch.zeros(2, 8), torch.zeros(2, 8)
+    add_answers(wide_TO, **two_tokens)
+    add_answers(narrow_TO, **{**two_tokens, "indices_TK": two_tokens["indices_TK"].int()})
+    assert wide_TO.any() and torch.equal(wide_TO, narrow_TO)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x_TD", lambda x_TD: x_TD[:, :-1]),
+        ("a_ERD", lambda a_ERD: a_ERD.transpose(1, 2)),
+        ("b_ERO", lambda b_ERO: b_ERO.bfloat16()),
+        ("b_ERO", lambda b_ERO: b_ERO[:, :-1]),
+        ("s_E", lambda s_E: s_E.double()),
+        ("weights_TK", lambda weights_TK: weights_TK.double()),
+    ],
+)
+def test_what_does_not_fit_never_reaches_the_kernel(
+    two_tokens: dict[str, torch.Tensor], name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    with pytest.raises(AssertionError):
+        add_answers(torch.zeros(2, 8), **{**two_tokens, name: change(two_tokens[name])})
+
+
+@torch.no_grad()
+def test_banks_of_two_dtypes_are_answered_by_the_other_way(two_tokens: dict[str, torch.Tensor]) -> None:
+    x, a, b, s_E, indices_TK, weights_TK = two_tokens.values()
+    assignment = Assignment(4, indices_TK=indices_TK, weights_TK=weights_TK)
+    same, mixed = (forms["few"](x, a, bank, s_E, assignment, None) for bank in (b, b.bfloat16()))
+    assert (same - mixed).norm() <= 1e-2 * same.norm()
+
+
+@torch.no_grad()
+def test_a_bank_made_under_another_default_dtype_answers_the_same() -> None:
+    bank = ExpertBank("abcd", 8, 8, ranks=[8] * 4, alphas=[8.0, 16.0, 24.0, 32.0])
+    for weights in (bank.lora_A, bank.lora_B):
+        weights.normal_(generator=torch.Generator().manual_seed(1))
+    x_TD, found = torch.randn(1, 8, generator=torch.Generator().manual_seed(2)), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            bank.forget()
+            y_TO = torch.zeros(1, 8, dtype=torch.float32)
+            bank.served.add(y_TO, x_TD, torch.tensor([[3, 1]]), torch.ones(1, 2, dtype=torch.float32))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(y_TO)
+    assert found[0].any() and all(torch.equal(found[0], other) for other in found)
+
+
 class _Made(TorchDispatchMode):
     """Bytes of the largest tensor that an operation makes, views left out."""
 
@@ -111,7 +184,7 @@ def test_short_rows_are_multiplied_where_they_lie_and_long_ones_in_blocks() -> N
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("no-such-one", "there is no compiler 'no-such-one'"), ("false", "false fails")],
+    [("no-such-one", "there is no compiler 'no-such-one'"), ("false", "false fails: it says nothing")],
 )
 def test_without_a_compiler_the_form_is_refused_and_the_choice_does_without(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, message: str

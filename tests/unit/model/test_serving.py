@@ -34,6 +34,24 @@ def test_weights_in_the_bases_dtype_give_the_same_logits_bit_for_bit(dtype, rout
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_a_large_pool_answers_a_prompt_and_a_token_as_before_but_for_the_rounding_of_the_weights(dtype):
+    model, names = small(dtype), [f"e{number}" for number in range(40)]
+    mixture = attach_mixers(model, MixerConfig(targets=("q", "k", "o"), experts=names, rank=8))
+    for mixer in mixture.mixers.values():
+        mixer.bank.lora_B.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(1))
+    for router in mixture.routers.values():  # wide, so that no rounding changes a choice
+        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(2))
+    before = [model(input_ids=of).logits for of in (ids, ids[:, :1])]
+    ready_to_serve(model)
+    after = [model(input_ids=of).logits for of in (ids, ids[:, :1])]
+    bound = {torch.float32: 0.0, torch.bfloat16: 2e-2}[dtype]
+    for left, right in zip(before, after, strict=True):
+        assert (left - right).norm() <= bound * left.norm()
+
+
 def test_what_is_ready_to_serve_is_no_longer_saved(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         model = small(dtype)

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmixer.config.errors import RunError, UserError
+from dsmixer.experts import host_library
 from dsmixer.experts.choice import MEASURED, FormTable
 from dsmixer.model.inject import Mixture, attach_mixers
 from dsmixer.model.mixer_config import MixerConfig
@@ -37,6 +38,29 @@ def test_the_first_start_writes_it_and_the_next_one_takes_it(tmp_path: Path) -> 
     keep_table(ALONE, path, mixture)
     assert [mixer.bank.table for mixer in mixture.mixers.values()] == [other, other]
     assert FormTable.from_json(json.loads(path.read_text())) == other, "it stays"
+
+
+def test_a_run_that_began_without_kernels_goes_on_without_and_one_with_them_says_that_they_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cached = (host_library.host_library, host_library.has_host_library)
+    for function in cached:
+        function.cache_clear()
+    try:
+        keep_table(ALONE, tmp_path / "without.json", small_mixture())
+        assert capsys.readouterr().err == ""
+        (tmp_path / "with.json").write_text(json.dumps(MEASURED.to_json()))
+        keep_table(ALONE, tmp_path / "with.json", small_mixture())
+        assert "began with kernels for the CPU, which can't be had now" in capsys.readouterr().err
+    finally:
+        monkeypatch.undo()
+        for function in cached:
+            function.cache_clear()
+    mixture = small_mixture()
+    keep_table(ALONE, tmp_path / "without.json", mixture)
+    assert not any(mixer.bank.table.wants_kernels for mixer in mixture.mixers.values())
 
 
 @pytest.mark.parametrize(
