@@ -1,4 +1,4 @@
-"""Pools that change: what stays is the same bit for bit, and what comes is what PEFT computes with it."""
+"""Pools that change: weights that stay are the same bit for bit, what comes is what PEFT computes with it."""
 
 from __future__ import annotations
 
@@ -179,10 +179,10 @@ def test_merged_mixtures_keep_every_expert_and_stack_their_routers(saved, token_
         merge_mixtures(one, two, tmp_path / "merged")
     merged = merge_mixtures(one, two, tmp_path / "merged", prefix="b.")
     assert merged.experts == ("law", "chess", "math", "b.law", "b.code")
-    for name in ("law", "chess", "math"):
-        assert torch.equal(logits(merged.folder, token_ids, name), logits(one, token_ids, name))
-    for name in ("law", "code"):
-        ours, theirs = logits(merged.folder, token_ids, f"b.{name}"), logits(two, token_ids, name)
+    # a rank of 6 among ranks of 9 is multiplied in other sizes, which not every processor rounds alike
+    pairs = [(name, one, name) for name in ("law", "chess", "math")]
+    for name, folder, own in [*pairs, ("b.law", two, "law"), ("b.code", two, "code")]:
+        ours, theirs = logits(merged.folder, token_ids, name), logits(folder, token_ids, own)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     first, second, both = (routers_of(folder) for folder in (one, two, merged.folder))
     assert both.keys() == second.keys() > first.keys()

@@ -390,7 +390,8 @@ def test_an_expert_folder_computes_the_same_in_peft_wherever_peft_acts(
                 PeftModel.from_pretrained(untouched, folder)
             continue
         theirs = PeftModel.from_pretrained(untouched, folder).eval()(IDS).logits
-        assert torch.equal(theirs, base if role == "dt" else ours), role
+        # PEFT multiplies in another order, and not every processor rounds a product of other sizes alike
+        torch.testing.assert_close(theirs, base if role == "dt" else ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
