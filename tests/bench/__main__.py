@@ -1,7 +1,7 @@
 """Training steps and decoding, beside the frozen base, PEFT's LoRA and other mixtures of LoRA experts.
 
     python -m tests.bench                            # what each target is about, on the CPU
-    python -m tests.bench --quick                    # fewer cases, shorter rows, five rounds
+    python -m tests.bench --quick                    # fewer cases, shorter rows
     python -m tests.bench --short                    # one small case, to see that it runs
     python -m tests.bench --device cuda --widths 4096 --layers 32 --vocabulary 128256 \\
         --experts 6 --ranks 64 --sequence 1024 --dtypes bfloat16 nf4      # the shape of an 8B model
@@ -10,10 +10,12 @@
 
 Every system is a process of its own that lives through the whole bench. On a case all build the same
 random frozen Llama, and those that have experts the same weights of experts and routers; then they take
-turns, a training step or a few tokens each, in rounds. A time is the median over rounds, a ratio the median
-of the ratios within rounds, with quartiles. ``docs/performance.md`` says what is in a step of each.
+turns, three training steps or a few tokens each, in rounds; the median of a turn counts. A time is the
+median over rounds, a ratio the median of the ratios within rounds, with quartiles. ``docs/performance.md``
+says what is in a step of each.
 
-``--out`` is left with ``results.json``, ``results.md``, ``ratios.svg`` and the logs of the processes.
+``--out`` is left with ``results.json``, ``results.md``, ``ratios.svg`` and the logs of the processes;
+``python -m tests.bench.summary`` makes a line of each case.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--memory", type=float, default=0.8, help="share of the free memory that may be filled")
     add("--moe-peft-python", metavar="PATH", help="interpreter of the environment that holds moe-peft")
     add("--short", action="store_true", help="one small case, few rounds")
-    add("--quick", action="store_true", help="fewer cases, shorter rows, five rounds")
+    add("--quick", action="store_true", help="fewer cases, shorter rows")
     add("--full", action="store_true", help="every combination of what is not given")
     add("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
     add("--json", type=Path, metavar="FILE", help="in place of results.json in the folder")

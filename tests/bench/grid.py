@@ -30,15 +30,21 @@ CHOSEN: tuple[Line, ...] = (
     (1024, "float32", 512, 16, 256),
     (1024, "float32", 6, 64, 128),
     (1024, "float32", 6, 64, 4096),
+    (1024, "float32", 6, 16, 512),
+    (2048, "float32", 64, 64, 512),
+    (2048, "bfloat16", 64, 64, 512),
     (2048, "float32", 6, 64, None),
     (2048, "float32", 196, 16, None),
     (2048, "bfloat16", 6, 64, None),
+    (2048, "bfloat16", 196, 16, None),
     (1024, "float32", 6, 64, None),
     (1024, "float32", 16, 64, None),
     (1024, "float32", 64, 64, None),
     (1024, "float32", 196, 16, None),
     (1024, "float32", 512, 16, None),
     (1024, "bfloat16", 6, 64, None),
+    (1024, "bfloat16", 64, 64, None),
+    (1024, "float32", 6, 16, None),
 )
 """Measured if nothing is asked for: each target, each number of experts, both ends of the sequence."""
 

@@ -29,13 +29,14 @@ class Row:
         seconds: of a step or a decoded token.
         to_lora: times PEFT LoRA, within rounds.
         to_base: times the frozen base, within rounds.
+        to_ours: times ours, within rounds.
         peak: bytes beyond those of the process before anything was built.
         trained: weights that train.
         loss: of the first step, nats a target token.
         gradient_norm: of the first step.
         tokens_per_second: at the median.
-        share: of the machine's matmul rate, in model operations.
-        matmul: operations a second of a large product.
+        share: of the machine's matmul rate, in model operations, within rounds.
+        matmul: operations a second of a large product, median of the rounds.
     """
 
     case: Case
@@ -44,6 +45,7 @@ class Row:
     seconds: Spread | None = None
     to_lora: Spread | None = None
     to_base: Spread | None = None
+    to_ours: Spread | None = None
     peak: int | None = None
     trained: int | None = None
     loss: float | None = None
@@ -65,7 +67,7 @@ def cells(row: Row) -> tuple[str, ...]:
     if row.seconds is None:
         return (row.title, *[""] * (len(COLUMNS) - 2), row.problem or "")
     lora, base = row.to_lora, row.to_base
-    assert row.peak is not None and row.share is not None
+    assert row.peak is not None
     return (
         row.title,
         f"{1e3 * row.seconds.median:,.2f}",
@@ -74,7 +76,7 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if base is None else f"{base.median:.3f}",
         f"{row.peak / 1e9:.3f}",
         f"{row.tokens_per_second:,.0f}",
-        f"{row.share:.1%}" if row.case.what == "train" else "",
+        "" if row.share is None or row.case.what == "decode" else f"{row.share:.1%}",
     )
 
 
@@ -105,12 +107,15 @@ def markdown(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
     """The same tables, for a page."""
     parts = []
     for case, found in by_case(rows):
-        parts += [f"{case.title()}:", "", *_lines(COLUMNS, [cells(row) for row in found]), ""]
-    targets = _lines(("target", "case", "limit", "measured", ""), [verdict.cells() for verdict in verdicts])
+        parts += [f"{case.title()}:", "", *markdown_table(COLUMNS, [cells(row) for row in found]), ""]
+    targets = markdown_table(
+        ("target", "case", "limit", "measured", ""), [verdict.cells() for verdict in verdicts]
+    )
     return "\n".join([*parts, *targets, ""])
 
 
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines."""
     return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
@@ -126,7 +131,7 @@ def write(path: Path, facts: dict[str, Any], rows: Sequence[Row], verdicts: Sequ
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file that ``write`` made."""
-    spreads = ("seconds", "to_lora", "to_base")
+    spreads = ("seconds", "to_lora", "to_base", "to_ours")
     rows = []
     for values in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         values["case"] = Case.from_dict(values["case"])

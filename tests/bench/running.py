@@ -1,6 +1,6 @@
 """Measure a case: every system in its own process, their turns in rounds, as many at once as memory holds.
 
-The references are in every group, so that each ratio is of two that were measured in the same rounds.
+The references and ours are in every group, so that each ratio is of two measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from tests.bench.case import Case
 from tests.bench.operations import operations
 from tests.bench.protocol import Remote, RemoteError
 from tests.bench.results import Row
-from tests.bench.systems.registry import REFERENCES, SYSTEMS, bytes_wanted
+from tests.bench.systems.registry import OURS, REFERENCES, SYSTEMS, bytes_wanted
 from tests.bench.timing import in_rounds, ratios, spread
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-IN_EVERY_GROUP = ("base", *REFERENCES)
+IN_EVERY_GROUP = ("base", *REFERENCES, OURS)
+PRODUCT = "product"
+"""The turn of the machine itself."""
 STARTING = 300.0
 """Seconds to import everything and run a tiny case."""
 
@@ -40,8 +42,8 @@ class Effort:
         memory: share of the free memory that may be filled.
     """
 
-    rounds: int = 7
-    steps: int = 1
+    rounds: int = 5
+    steps: int = 3
     tokens: int = 8
     patience: float = 60.0
     build_limit: float = 600.0
@@ -53,17 +55,24 @@ class Effort:
 
 @dataclass
 class Turns:
-    """One system's part in the rounds; when its process ends, the rest of its turns are not numbers."""
+    """One system's part in the rounds; when its process ends, the rest of its turns are not numbers.
+
+    Attributes:
+        remote: the process.
+        message: what it is asked in its turn.
+        limit: seconds to answer in.
+        problem: why it has ended.
+    """
 
     remote: Remote
-    times: int
+    message: Mapping[str, Any]
     limit: float
     problem: str | None = None
 
     def __call__(self) -> list[float]:
         if self.problem is None:
             try:
-                taken: list[float] = self.remote.ask(self.limit, do="turn", times=self.times)["seconds"]
+                taken: list[float] = self.remote.ask(self.limit, **self.message)["seconds"]
                 return taken
             except RemoteError as error:
                 self.problem = str(error)
@@ -99,10 +108,10 @@ class Bench:
         """All systems on one case, as rows in the order of ``names``."""
         names = [name for name in self.names if takes_part(name, case)]
         found: dict[str, Row] = {}
-        machine = self._machine(case)
-        free = machine["free"] * self.effort.memory
+        free = self._remote(self.names[0], case).ask(STARTING, do="memory", device=case.device)["free"]
+        free *= self.effort.memory
         for group in groups(names, case, free):
-            for row in self._group(group, case, machine["operations_per_second"]):
+            for row in self._group(group, case):
                 found.setdefault(row.system, row)
         for name in names:
             wanted = bytes_wanted(name, case)
@@ -110,11 +119,6 @@ class Bench:
                 problem = f"wants about {wanted / 1e9:.0f} GB, {free / 1e9:.0f} are free"
                 found[name] = Row(case, name, problem=problem)
         return [found[name] for name in names]
-
-    def _machine(self, case: Case) -> dict[str, Any]:
-        """From a process that is there anyway."""
-        remote = self._remote(self.names[0], case)
-        return remote.ask(STARTING, do="machine", device=case.device, dtype=case.dtype)
 
     def _remote(self, name: str, case: Case) -> Remote:
         """The process of a system, started if it is not there.
@@ -141,7 +145,7 @@ class Bench:
     def _drop(self, name: str) -> None:
         self._remotes.pop(name).close()
 
-    def _group(self, names: Sequence[str], case: Case, matmul: float) -> Iterator[Row]:
+    def _group(self, names: Sequence[str], case: Case) -> Iterator[Row]:
         """Build, take turns, give up."""
         first: dict[str, dict[str, Any]] = {}
         turns: dict[str, Turns] = {}
@@ -154,15 +158,18 @@ class Bench:
                     self._drop(name)
                 yield Row(case, name, problem=str(error))
                 continue
-            limit = 10 * self.effort.patience
-            turns[name] = Turns(remote, self.effort.times(case), limit)
+            message = {"do": "turn", "times": self.effort.times(case)}
+            turns[name] = Turns(remote, message, 10 * self.effort.patience)
         patient = {name: turn for name, turn in turns.items() if self._in_time(first[name])}
+        if patient:
+            product = {"do": "product", "device": case.device, "dtype": case.dtype}
+            patient[PRODUCT] = Turns(next(iter(patient.values())).remote, product, STARTING)
         in_rounds(patient, 1)  # once for what a library makes at its second step
         times = in_rounds(patient, self.effort.rounds)
         times |= {name: first[name]["seconds"] for name in turns if name not in patient}
         for name, turn in turns.items():
             if turn.problem is None:
-                yield self._row(name, case, times, first[name], matmul)
+                yield self._row(name, case, times, first[name])
             else:
                 self._drop(name)
                 yield Row(case, name, problem=turn.problem)
@@ -176,27 +183,27 @@ class Bench:
         case: Case,
         times: Mapping[str, list[float]],
         first: Mapping[str, Any],
-        matmul: float,
     ) -> Row:
         """Figures of a system, beside those that took their turns in the same rounds."""
         remote = self._remotes[name]
         peak = remote.ask(60.0, do="peak_bytes")["bytes"]
         remote.ask(60.0, do="free")
         own, reference = times[name], fastest(times)
-        middle = statistics.median(own)
+        product = beside(times[PRODUCT], own) if PRODUCT in times else None
         return Row(
             case,
             name,
             seconds=spread(own),
             to_lora=beside(own, times.get(reference)) if reference else None,
             to_base=beside(own, times.get("base")),
+            to_ours=beside(own, times.get(OURS)),
             peak=peak,
             trained=first["trained"],
             loss=first["loss"],
             gradient_norm=first["gradient_norm"],
-            tokens_per_second=case.tokens / middle,
-            share=operations(case, SYSTEMS[name].kind) / middle / matmul,
-            matmul=matmul,
+            tokens_per_second=case.tokens / statistics.median(own),
+            share=None if product is None else operations(case, SYSTEMS[name].kind) * product.median,
+            matmul=None if product is None else 1 / statistics.median(times[PRODUCT]),
         )
 
 

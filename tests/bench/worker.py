@@ -4,7 +4,8 @@
 - ``build``: a case; its first step is not counted, and told with its loss and the norm of its gradient;
 - ``turn``: so many steps or tokens, and what each took;
 - ``peak``: bytes since the build;
-- ``machine``: operations a second of a large product, and bytes that are free;
+- ``product``: what an operation of large products takes, in seconds, for each of three;
+- ``memory``: bytes that are free;
 - ``free``: the case is given up.
 """
 
@@ -76,17 +77,19 @@ class Worker:
         assert self.peak is not None
         return {"bytes": self.peak.num_bytes()}
 
-    def machine(self, device: str, dtype: str) -> dict[str, Any]:
-        """What there is to be had: large products in the dtype that the base computes in, and memory."""
+    def product(self, device: str, dtype: str) -> dict[str, Any]:
+        """What there is to be had, in the dtype that the base computes in."""
         size = 16384 if device == "cuda" else 2048
         kind = torch.float32 if dtype == "float32" else torch.bfloat16
         a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
         on_gpu = device == "cuda"
         work = functools.partial(torch.mm, a, b)
         threads = 0 if on_gpu else torch.get_num_threads()
-        taken = [seconds(work, threads, _finish(on_gpu)) for _ in range(6)]
-        free = torch.cuda.mem_get_info()[0] if on_gpu else available_bytes()
-        return {"operations_per_second": 2 * size**3 / min(taken[1:]), "free": free}
+        work()
+        return {"seconds": [seconds(work, threads, _finish(on_gpu)) / (2 * size**3) for _ in range(3)]}
+
+    def memory(self, device: str) -> dict[str, Any]:
+        return {"free": torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()}
 
     def free(self) -> dict[str, Any]:
         if self.built is not None:

@@ -70,7 +70,7 @@ def _mola(case: Case) -> float:
     return _chosen(case) + 12.0 * case.heads * case.sequence + 16.0 * case.experts * case.top_k
 
 
-OURS = "tests.bench.systems.ours"
+HERE = "tests.bench.systems.ours"
 PEFT = "tests.bench.systems.with_peft"
 
 SYSTEMS: dict[str, System] = {
@@ -83,6 +83,9 @@ SYSTEMS: dict[str, System] = {
         "the adapter",
         decodes=False,
         only_16_bit=True,
+    ),
+    "lora_as_ours": System(
+        "PEFT LoRA, AdamW and memory as ours", f"{PEFT}:lora_as_ours", "one", "the adapter", decodes=False
     ),
     "x_lora": System(
         "PEFT X-LoRA", f"{PEFT}:x_lora", "mixture", "adapters, classifier", peer=True, pool=1, kept=_x_lora
@@ -106,13 +109,15 @@ SYSTEMS: dict[str, System] = {
         pool=1,
         kept=_chosen,
     ),
-    "stage_one": System("ours, stage one", f"{OURS}:stage_one", "hard", "experts", decodes=False, pool=1.25),
-    "stage_two": System("ours, stage two", f"{OURS}:stage_two", "mixture", "experts, routers", pool=1.5),
+    "stage_one": System("ours, stage one", f"{HERE}:stage_one", "hard", "experts", decodes=False, pool=1.25),
+    "stage_two": System("ours, stage two", f"{HERE}:stage_two", "mixture", "experts, routers", pool=1.5),
     "frozen_experts": System(
-        "ours, frozen experts", f"{OURS}:frozen_experts", "mixture", "routers", decodes=False, pool=0.5
+        "ours, frozen experts", f"{HERE}:frozen_experts", "mixture", "routers", decodes=False, pool=0.5
     ),
 }
 DEFAULT = tuple(name for name in SYSTEMS if name != "frozen_experts")
+OURS = "stage_two"
+"""What peers are held against."""
 REFERENCES = ("lora", "lora_without_autocast")
 """PEFT LoRA in the ways it is run; what is reported against is the faster one."""
 

@@ -24,6 +24,7 @@ class AdamWStep:
         parameters: what trains.
         loss_of: mean loss of tokens ``[B, S]``.
         around: what the forward pass runs under.
+        fused: whether the optimizer is torch's fused kernel.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class AdamWStep:
         parameters: Sequence[nn.Parameter],
         loss_of: Callable[[torch.Tensor], torch.Tensor],
         around: Callable[[Case], AbstractContextManager[Any]] = lambda case: nullcontext(),
+        *,
+        fused: bool | None = None,
     ) -> None:
         self.case, self.parameters, self.loss_of, self.around = case, list(parameters), loss_of, around
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=fused)
 
     @property
     def trained(self) -> int:

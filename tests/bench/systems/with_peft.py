@@ -19,6 +19,7 @@ from peft.tuners.xlora import model as xlora_model
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import nn
 
+from dsmixer.training.heap import keep_freed_memory
 from tests.bench.case import TARGETS, Case
 from tests.bench.decoding import Decoding, prompt
 from tests.bench.systems.interface import Built
@@ -41,6 +42,15 @@ def lora_without_autocast(case: Case) -> Built:
     model = get_peft_model(random_llama(case), _one(case))
     _fill(model, case, {"default": 0})
     return _built(model, case, around=_as_it_is)
+
+
+def lora_as_ours(case: Case) -> Built:
+    """The same with what ours has around it: torch's fused AdamW, and freed memory kept on the CPU."""
+    if case.device == "cpu":
+        keep_freed_memory()
+    model = get_peft_model(random_llama(case), _one(case))
+    _fill(model, case, {"default": 0})
+    return _built(model, case, fused=True)
 
 
 def x_lora(case: Case) -> Built:
@@ -166,11 +176,13 @@ def _built(
     case: Case,
     decoding: Callable[[nn.Module, int, int, str], Any] = Decoding,
     around: Callable[[Case], AbstractContextManager[Any]] = autocast,
+    *,
+    fused: bool | None = None,
 ) -> Built:
     if case.what == "decode":
         if case.dtype == "bfloat16":
             model = model.to(torch.bfloat16)
         return Built(0, decode_token=decoding(model, case.rows, case.sequence, case.device).next_token)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    step = AdamWStep(case, parameters, mean_loss(model.train()), around)
+    step = AdamWStep(case, parameters, mean_loss(model.train()), around, fused=fused)
     return Built(step.trained, step)

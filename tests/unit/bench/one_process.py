@@ -28,7 +28,8 @@ class Here:
 
     GIVEN: ClassVar[dict[str, dict[str, Any]]] = {
         "hello": {},
-        "machine": {"operations_per_second": 1e11, "free": 1e10},
+        "memory": {"free": 1e10},
+        "product": {"seconds": [1e-11]},
     }
 
     def __init__(self, name: str) -> None:
@@ -57,7 +58,7 @@ class InOneProcess(Bench):
 def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr
-    bench = InOneProcess(NAMES, {}, Path(), Effort(rounds=2, tokens=2))
+    bench = InOneProcess(NAMES, {}, Path(), Effort(rounds=2, steps=1, tokens=2))
     for case in (TRAIN, DECODE):
         for row in bench.measure(case):
             answers.write(json.dumps(asdict(row)) + "\n")

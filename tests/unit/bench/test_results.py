@@ -15,13 +15,16 @@ from tests.bench.timing import Spread
 CASE = Case("train", width=2048, layers=2, experts=6, rank=64)
 
 
-def _row(system: str, ratio: float, case: Case = CASE, to_base: float = 1.0) -> Row:
+def _row(
+    system: str, ratio: float, case: Case = CASE, to_base: float = 1.0, to_ours: Spread | None = None
+) -> Row:
     return Row(
         case,
         system,
         seconds=Spread(0.25 * ratio, 0.2 * ratio, 0.3 * ratio, 7),
         to_lora=Spread(ratio, 0.99 * ratio, 1.01 * ratio, 7),
         to_base=Spread(to_base, to_base, to_base, 7),
+        to_ours=to_ours,
         peak=2_500_000_000,
         trained=1,
         loss=1.0,
@@ -65,13 +68,21 @@ def test_decoding_is_held_against_the_base_and_not_against_lora() -> None:
 
 def test_peers_have_to_take_longer_and_two_of_them_three_times_at_64_experts() -> None:
     case = replace(CASE, experts=64)
-    rows = [_row("stage_two", 1.2, case), _row("mola", 3.5, case), _row("x_lora", 3.7, case)]
-    found = _found(*rows, _row("loop", 1.3, case), _row("arrow", 1.1, case))
-    assert found["MoE-PEFT MoLA / ours"].measured == pytest.approx(3.5 / 1.2)
+    times = {"mola": 2.9, "x_lora": 3.1, "loop": 1.02, "arrow": 0.98}
+    peers = [_row(name, 9.0, case, to_ours=Spread(by, by - 0.01, by + 0.01, 7)) for name, by in times.items()]
+    found = _found(_row("stage_two", 1.2, case), *peers)
+    assert found["MoE-PEFT MoLA / ours"].measured == 2.9
     assert found["MoE-PEFT MoLA / ours"].met is False and found["PEFT X-LoRA / ours"].met is True
     assert found["plain loop / ours"].met is True and found["PEFT Arrow / ours"].met is False
-    fewer = _found(*(replace(row, case=CASE) for row in rows))
+    fewer = _found(*(replace(row, case=CASE) for row in [_row("stage_two", 1.2), *peers]))
     assert fewer["MoE-PEFT MoLA / ours"].met is True
+
+
+def test_a_peer_that_took_longer_in_some_rounds_alone_is_not_behind() -> None:
+    peer = _row("arrow", 1.0, to_ours=Spread(1.1, 0.99, 1.3, 7))
+    assert _found(_row("stage_two", 1.0), peer)["PEFT Arrow / ours"].met is False
+    alone = _found(_row("stage_two", 1.0), _row("arrow", 1.0))["PEFT Arrow / ours"]
+    assert alone.met is None and "was not measured beside it" in alone.cells()[-1]
 
 
 def test_a_peer_without_figures_is_not_measured_and_the_reason_is_told() -> None:

@@ -3,6 +3,7 @@ if there is one and else by interpretation."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -27,6 +28,7 @@ if HAS_TRITON:
     with pytest.MonkeyPatch.context() as environment:
         if DEVICE == "cpu":
             environment.setenv("TRITON_INTERPRET", "1")  # is looked at where a kernel is defined
+            importlib.import_module("triton.experimental.gluon")  # a first launch would find the setting gone
         from dsmixer.experts.fused import fused_pairs
 else:
     fused_pairs = None  # type: ignore[assignment]
