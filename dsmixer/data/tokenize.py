@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from dsmixer.config.errors import UserError
 from dsmixer.data.encode import bos_ids, encode_examples, end_ids, truncated, truncated_sides
+from dsmixer.data.parallel import tokenizer_threads
 from dsmixer.data.store import SCHEMA, TokenStore, cached_table, record_batch
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def tokenize_examples(
 ) -> TokenStore:
     """Tokenise, truncate (``encode.truncated``, ``truncated_sides``) and mark what carries loss.
 
+    A fast tokenizer encodes on all cores meanwhile, if the environment does not forbid it.
+
     Args:
         examples: N examples.
         domain_ids: the domain index of each.
@@ -55,12 +58,12 @@ def tokenize_examples(
     assert not sides or loss == "completion", "an encoder's tokens have no loss"
     fingerprint = _fingerprint(examples, tokenizer, max_length, "sides" if sides else loss)
     batches = _batches(examples, tokenizer, max_length, "sides" if sides else loss)
-    if cache_dir is None:
-        table = pa.Table.from_batches(list(batches), SCHEMA)
-    else:
-        table = cached_table(
-            batches, Path(cache_dir).expanduser() / f"tokens-{fingerprint}.arrow", len(examples)
-        )
+    with tokenizer_threads():
+        if cache_dir is None:
+            table = pa.Table.from_batches(list(batches), SCHEMA)
+        else:
+            path = Path(cache_dir).expanduser() / f"tokens-{fingerprint}.arrow"
+            table = cached_table(batches, path, len(examples))
     ids = np.asarray(domain_ids, dtype=np.int64)
     locations = [example.location for example in examples]
     return TokenStore(table, ids, locations, fingerprint, decoder_start)

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from dsmixer.data.parallel import SERIAL, VARIABLE
 from dsmixer.report.text import duration, readable
 from dsmixer.training.telling import lossy, tell
 
@@ -36,7 +37,7 @@ QUIET_ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+    VARIABLE: SERIAL,  # of tokenizers
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "KINETO_LOG_LEVEL": "6",  # errors alone: what a trace says of its start is level 5
 }
