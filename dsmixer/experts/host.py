@@ -161,6 +161,31 @@ def add_answers(
         raise IndexError(f"an index is above {num_experts - 1}, the last expert")
 
 
+def pull_rows(
+    grad_NX: torch.Tensor,
+    away: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add ``pull_n (w_n - o_n)`` to each row of a gradient in place, and measure it, all in one pass.
+
+    Args:
+        grad_NX: contiguous, float32.
+        away: ``w_NX``, ``o_NX``, like it, and ``pull_N``; None: the gradient is only measured.
+
+    Returns:
+        of each row, the squared norm of its gradient then, and of ``w - o``, 0 where it is not pulled.
+    """
+    (num_rows, width), nothing = grad_NX.shape, grad_NX.new_zeros(0)
+    given = (grad_NX, *(away or (grad_NX, grad_NX)))
+    # a kernel believes what it is told
+    assert all(of.dtype == torch.float32 and of.is_contiguous() for of in given), [of.dtype for of in given]
+    assert all(of.shape == grad_NX.shape for of in given[:3]), [of.shape for of in given]
+    assert away is None or away[2].shape == (num_rows,), away[2].shape
+    squares_N, moves_N = grad_NX.new_empty(num_rows), grad_NX.new_empty(num_rows)
+    operands = (*given, *(() if away else (nothing,)), squares_N, moves_N)
+    _call("hold", torch.float32, torch.float32, *operands, num_rows, width, torch.get_num_threads())
+    return squares_N, moves_N
+
+
 def _call(name: str, rows: torch.dtype, bank: torch.dtype, *arguments: torch.Tensor | int) -> int:
     """A kernel by addresses and numbers, and what it returns; the lock of Python is free meanwhile."""
     kernel = getattr(host_library(), f"{name}_{NAMES[rows]}_{NAMES[bank]}")

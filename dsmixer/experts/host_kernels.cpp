@@ -13,10 +13,11 @@ namespace {
 using Index = std::int64_t;
 
 constexpr Index LANES = 16;
-constexpr Index ROWS = 4;     // rows of a tile of accumulators
-constexpr Index COLUMNS = 4;  // vectors, or matrix rows, of such a tile
-constexpr Index CHUNK = 32;   // rows of an expert that one task takes
-constexpr Index PANEL = 256;  // columns that one task takes
+constexpr Index ROWS = 4;       // rows of a tile of accumulators
+constexpr Index COLUMNS = 4;    // vectors, or matrix rows, of such a tile
+constexpr Index CHUNK = 32;     // rows of an expert that one task takes
+constexpr Index PANEL = 2048;   // columns that one task takes: long streams, which processors read ahead
+constexpr Index PIECE = 32768;  // elements of a row that one task takes
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef std::uint32_t Words __attribute__((vector_size(LANES * sizeof(std::uint32_t))));
@@ -355,7 +356,64 @@ int answer(
     return 0;
 }
 
+// Of some elements of a row: gradient += pull * (weights - origin), and the squares of both factors summed.
+inline void hold_some(
+    float* gradient, const float* weights, const float* origin, float pull, Index count, float* square, float* moved
+) {
+    Vector squares = {}, moves = {};
+    Index x = 0;
+    for (; x + LANES <= count; x += LANES) {
+        Vector value = load(gradient + x);
+        if (pull != 0) {
+            const Vector away = load(weights + x) - load(origin + x);
+            value += pull * away;
+            store(value, gradient + x);
+            moves += away * away;
+        }
+        squares += value * value;
+    }
+    *square = total(squares), *moved = total(moves);
+    for (; x < count; ++x) {
+        if (pull != 0) {
+            const float away = weights[x] - origin[x];
+            gradient[x] += pull * away;
+            *moved += away * away;
+        }
+        *square += gradient[x] * gradient[x];
+    }
+}
+
+// Rows pulled to their origin, with the square of each one's gradient and of its way; pull is null where none is.
+void hold(
+    float* gradient, const float* weights, const float* origin, const float* pull, float* squares, float* moves,
+    Index num_rows, Index width, Index threads
+) {
+    const Index pieces = (width + PIECE - 1) / PIECE;
+    std::vector<float> square(num_rows * pieces), moved(num_rows * pieces);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Index number = 0; number < num_rows * pieces; ++number) {
+        const Index row = number / pieces, first = number % pieces * PIECE, begin = row * width + first;
+        hold_some(
+            gradient + begin, weights + begin, origin + begin, pull ? pull[row] : 0, std::min(PIECE, width - first),
+            &square[number], &moved[number]
+        );
+    }
+    for (Index row = 0; row < num_rows; ++row) {
+        double of_gradient = 0, of_way = 0;
+        for (Index number = row * pieces; number < (row + 1) * pieces; ++number)
+            of_gradient += square[number], of_way += moved[number];
+        squares[row] = static_cast<float>(of_gradient), moves[row] = static_cast<float>(of_way);
+    }
+}
+
 }  // namespace
+
+extern "C" void hold_float32_float32(
+    float* gradient, const float* weights, const float* origin, const float* pull, float* squares, float* moves,
+    Index num_rows, Index width, Index threads
+) {
+    hold(gradient, weights, origin, pull, squares, moves, num_rows, width, threads);
+}
 
 #define EXPORTED(NAME, ROW, BANK)                                                                              \
     extern "C" void of_tokens_##NAME(                                                                          \
