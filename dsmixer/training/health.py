@@ -40,8 +40,8 @@ class StopRequest:
         self.signal = 0
 
     def as_number(self, device: torch.device) -> torch.Tensor:
-        """1 where this rank was asked to stop, else 0."""
-        return torch.tensor(float(self.signal is not None), device=device)
+        """1 where this rank was asked to stop, else 0; filled on the device, so that nothing is copied."""
+        return torch.full((), float(self.signal is not None), device=device)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

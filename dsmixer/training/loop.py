@@ -41,6 +41,7 @@ class StepReport:
         statistics: of the routers, reduced over ranks; None in stage one.
         stop: whether some rank was asked to stop.
         skipped: whether a number was not finite and nothing was updated.
+        chosen_E: how often the routers chose each expert, on the host; None in stage one.
     """
 
     step: int
@@ -57,6 +58,7 @@ class StepReport:
     statistics: RoutingStatistics | None
     stop: bool
     skipped: bool = False
+    chosen_E: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,37 +88,37 @@ class Loop:
         self._seed_dropout(step)
         statistics = self.stage.start_step(step, batch)
         local_sums, seen = self._accumulate(batch, statistics)
-        task_sum, rsl, stop = self._reduce(local_sums, statistics)
-        num_targets = max(1, int(batch.target_tokens.sum()))
-        task_loss = task_sum / num_targets
+        losses = self._reduce(local_sums, statistics)
         sums, plan, grads = self._update(step, statistics)
-        norms_U, preserve = sums[:-1], float(sums[-1])
-        numbers = StepNumbers(task_loss, rsl, preserve, norms_U.cpu(), statistics)
+        num_targets = max(1, int(batch.target_tokens.sum()))
+        numbers = StepNumbers.fetch(losses, num_targets, sums, statistics)
         place = f"step {step + 1} of stage {self.stage.number}"
         mixture = self.engine.mixture
         problems = numbers.problems(mixture.expert_names, list(mixture.routers))
         skipped = vote(self.world, problems, seen, self.nonfinite, place)
+        norms_U = numbers.squared_norms_U
         if skipped:
-            plan = self._drop(plan, grads, norms_U)
-        self.engine.optimizer.prepare(plan, norms_U)
+            plan = self._drop(plan, grads)
+        self.engine.optimizer.prepare(plan, torch.zeros_like(norms_U) if skipped else norms_U)
         self.engine.engine.step()
         seconds = time.perf_counter() - began
         self.pulse.end_step(seconds)
         return StepReport(
             step=step + 1,
-            loss=task_loss + rsl + preserve,
-            task_loss=task_loss,
-            rsl=rsl,
-            preserve=preserve,
+            loss=numbers.task_loss + numbers.rsl + numbers.preserve,
+            task_loss=numbers.task_loss,
+            rsl=numbers.rsl,
+            preserve=numbers.preserve,
             learning_rate=plan.learning_rate,
             router_learning_rate=plan.router_learning_rate,
-            grad_norm=float(numbers.squared_norms_U.sum().sqrt()),
+            grad_norm=float(norms_U.sum().sqrt()),
             tokens=batch.real_tokens,
             target_tokens=num_targets,
             seconds=seconds,
             statistics=statistics,
-            stop=stop > 0,
+            stop=numbers.stop,
             skipped=skipped,
+            chosen_E=numbers.chosen_E,
         )
 
     def _seed_dropout(self, step: int) -> None:
@@ -169,15 +171,14 @@ class Loop:
         zero = torch.zeros((), device=self.world.device)
         return losses_BS.detach().sum(), zero if routing is None else routing.detach().to(zero.dtype)
 
-    def _reduce(self, sums: torch.Tensor, statistics: RoutingStatistics | None) -> tuple[float, float, float]:
-        """One all-reduce for the losses and for the statistics of all routers."""
+    def _reduce(self, sums: torch.Tensor, statistics: RoutingStatistics | None) -> torch.Tensor:
+        """One all-reduce for the losses, which it returns, and for the statistics of all routers."""
         self.pulse.enter("adding up the losses")
         counted = sums.new_zeros(0) if statistics is None else statistics.buffer.flatten()
         reduced = groups.sum_over_ranks(torch.cat((sums, counted)))
         if statistics is not None:
             statistics.buffer.copy_(reduced[sums.numel() :].view_as(statistics.buffer))
-        task_sum, routing_sum, stop = reduced[: sums.numel()].tolist()
-        return task_sum, routing_sum, stop
+        return reduced[: sums.numel()]
 
     def _update(
         self, step: int, statistics: RoutingStatistics | None
@@ -197,11 +198,10 @@ class Loop:
         self.pulse.enter("updating")
         return sums, plan, grads
 
-    def _drop(self, plan: StepPlan, grads: list[list[torch.Tensor]], norms_U: torch.Tensor) -> StepPlan:
+    def _drop(self, plan: StepPlan, grads: list[list[torch.Tensor]]) -> StepPlan:
         """Make the step one that reaches nothing: DeepSpeed ends its accumulation, and our optimizer, which
         it calls, leaves weights, moments and counts as they are."""
         for grad in (grad for of_shard in grads for grad in of_shard):
             grad.zero_()
-        norms_U.zero_()
         self.stage.forget_step()
         return replace(plan, reached=torch.zeros_like(plan.reached))

@@ -14,6 +14,7 @@ from dsmixer.config.schema import HealthConfig
 from dsmixer.report.run_folder import METRICS_FILE, read_metrics
 from dsmixer.routing.statistics import RoutingStatistics
 from dsmixer.training.checkpoints import Checkpoints
+from dsmixer.training.rows import to_device
 from dsmixer.training.telling import tell_problem
 from dsmixer.training.world import World, gather_objects, once
 
@@ -58,19 +59,54 @@ def _skipped_until(metrics: Path, last: tuple[int, int]) -> int:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What is looked at before a step, all of it the same on every rank: each is a sum over the ranks.
+    """What the host looks at before a step, all of it the same on every rank: each is a sum over the ranks.
 
     Attributes:
         task_loss, rsl, preserve: losses of the step.
         squared_norms_U: squared gradient norms of experts, and of the routers.
-        statistics: of the routers, None in stage one.
+        finite_M: whether all statistics of a router are finite, None in stage one.
+        chosen_E: how often an expert was chosen, over all routers, None in stage one.
+        stop: whether some rank was asked to stop.
     """
 
     task_loss: float
     rsl: float
     preserve: float
     squared_norms_U: torch.Tensor
-    statistics: RoutingStatistics | None
+    finite_M: torch.Tensor | None = None
+    chosen_E: torch.Tensor | None = None
+    stop: bool = False
+
+    @classmethod
+    def fetch(
+        cls, losses: torch.Tensor, num_targets: int, sums: torch.Tensor, statistics: RoutingStatistics | None
+    ) -> StepNumbers:
+        """Bring all of it to the host in one transfer, for which the host waits.
+
+        Every number is a float32 already, so nothing is lost in a tensor of them.
+
+        Args:
+            losses: sums of cross-entropy, routing loss and requests to stop, ``[3]`` on the device.
+            num_targets: target tokens of the step.
+            sums: squared norms and, last, the preserve term, ``[U + 1]`` on the optimizer's device.
+            statistics: of the routers, None in stage one.
+        """
+        parts = [losses, to_device(sums, losses.device)]
+        if statistics is not None:
+            finite = torch.isfinite(statistics.buffer).all(dim=1)
+            parts += [finite.to(losses.dtype), statistics.chosen_ME.sum(0)]
+        on_host = torch.cat(parts).cpu().split([len(part) for part in parts])
+        task_sum, rsl, stop = on_host[0].tolist()
+        of_routers = on_host[2:]
+        return cls(
+            task_loss=task_sum / num_targets,
+            rsl=rsl,
+            preserve=float(on_host[1][-1]),
+            squared_norms_U=on_host[1][:-1],
+            finite_M=of_routers[0] > 0 if of_routers else None,
+            chosen_E=of_routers[1] if of_routers else None,
+            stop=stop > 0,
+        )
 
     def problems(self, expert_names: Sequence[str], router_names: Sequence[str]) -> list[str]:
         """What is not finite, each in words; nothing where all is well."""
@@ -84,9 +120,8 @@ class StepNumbers:
         bad = [units[i] for i in (~torch.isfinite(self.squared_norms_U)).nonzero().flatten().tolist()]
         if bad:
             found.append(f"the gradient is not finite for {_listed(bad)}")
-        if self.statistics is not None:
-            bad_M = ~torch.isfinite(self.statistics.buffer).all(dim=1)
-            routers = [router_names[i] for i in bad_M.nonzero().flatten().tolist()]
+        if self.finite_M is not None:
+            routers = [router_names[i] for i in (~self.finite_M).nonzero().flatten().tolist()]
             found += [f"logits are not finite in the routers {_listed(routers)}"] if routers else []
         return found
 

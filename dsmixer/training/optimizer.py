@@ -19,17 +19,24 @@ from typing import Any
 
 import torch
 
-from dsmixer.losses.preserve import add_preserve
 from dsmixer.placement.layout import ExpertLayout
 from dsmixer.placement.pieces import Shard
+from dsmixer.training.hold import hold_rows
 from dsmixer.training.moments import KINDS, EightBitMoment, Float32Moment, Keep, Moments, StackMoment
-from dsmixer.training.rows import Reached, Rows, Span, Stack, reached_rows, spans_of, stacked
+from dsmixer.training.rows import (
+    Reached,
+    Rows,
+    Span,
+    Stack,
+    reached_rows,
+    spans_of,
+    stacked,
+    to_device,
+)
 from dsmixer.training.updates import Run, StepOfUnits, Updates
 
 AT_ONCE = 2**20
 """Elements of a stack whose moments are decoded at a time, unless a single span has more."""
-IN_CACHE = 2**18
-"""Elements of a gradient that are read again while a processor's cache still holds them."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,13 @@ class ExpertAdamW(torch.optim.Optimizer):
         self._shards = list(shards)
         self._index = {id(shard.weights): i for i, shard in enumerate(shards)}
         rows = self.settings.router_rows
-        self._spans = [[spans_of(piece, self.layout, rows) for piece in shard.pieces] for shard in shards]
-        self._stacks = [stacked(span for spans in pieces for span in spans) for pieces in self._spans]
-        different = {span.units for pieces in self._spans for spans in pieces for span in spans}
+        whole = [[spans_of(piece, self.layout, rows) for piece in shard.pieces] for shard in shards]
+        self._stacks = [stacked(span for spans in pieces for span in spans) for pieces in whole]
+        different = {span.units for pieces in whole for spans in pieces for span in spans}
+        resting = (self.num_units,)
+        self._spans = [
+            [[span for span in spans if span.units != resting] for spans in pieces] for pieces in whole
+        ]
         self._units = {units: torch.tensor(units) for units in different}
         self._plan = None
         self.counted_U = self.counted_U.to(self._device())
@@ -133,26 +144,20 @@ class ExpertAdamW(torch.optim.Optimizer):
         values_U = torch.zeros_like(norms_U)
         beta_U = None
         if self.origin is not None and plan.preserve_beta is not None:
-            beta_U = plan.preserve_beta.to(norms_U.device)
+            beta_U = to_device(plan.preserve_beta, norms_U.device)
         for index, span, rows, grad_XY in self._reached_spans(grads, plan):
-            weights_XY, origin_XY = grad_XY, grad_XY
+            grad_NX, held = rows.of(grad_XY), None
             if beta_U is not None and self.origin is not None:
-                weights_XY, origin_XY = span.of(self._shards[index].flat()), span.of(self.origin[index])
-            for some in rows.blocks(self._at_once(rows, span)):
-                grad = some.of(grad_XY)
-                if beta_U is not None:
-                    origin = some.of(origin_XY).to(grad.device)
-                    beta = beta_U[some.units][:, None]
-                    some.add_units(values_U, add_preserve(grad, some.of(weights_XY), origin, beta))
-                    some.put(grad_XY, grad)
-                some.add_units(norms_U, torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square_())
+                weights_NX = rows.of(span.of(self._shards[index].flat()))
+                origin_NX = to_device(rows.of(span.of(self.origin[index])), grad_NX.device)
+                held = (weights_NX, origin_NX, beta_U[rows.units])
+            squared_norms_N, values_N = hold_rows(grad_NX, held)
+            if held is not None:
+                rows.put(grad_XY, grad_NX)
+            rows.add_units(norms_U, squared_norms_N)
+            rows.add_units(values_U, values_N)
         counted = torch.stack((norms_U, values_U)) * self.counted_U
         return torch.cat((counted[0], counted[1].sum()[None]))
-
-    def _at_once(self, rows: Rows, span: Span) -> int:
-        """Rows whose gradients are looked at together: on a device all, for every look is a launch."""
-        on_host = self._device().type == "cpu"
-        return max(1, IN_CACHE // span.width) if on_host else max(1, rows.count)
 
     def _reached_spans(
         self, grads: list[list[torch.Tensor]], plan: StepPlan
@@ -176,15 +181,15 @@ class ExpertAdamW(torch.optim.Optimizer):
         }
 
     def prepare(self, plan: StepPlan, squared_norms_U: torch.Tensor) -> None:
-        """Fix the step: ``squared_norms_U`` summed over all partitions."""
+        """Fix the step: ``squared_norms_U`` summed over all partitions, on the host."""
         self._look_at(plan)
         self.steps += plan.reached
         clip = self.settings.clip
         norms_U = squared_norms_U.sqrt()
         clip_U = torch.ones_like(norms_U) if clip is None else (clip / (norms_U + 1e-6)).clamp(max=1.0)
         rates = [plan.learning_rate] * (self.num_units - 1) + [plan.router_learning_rate]
-        counts = self.steps.to(self._device(), torch.float32).unbind(0)
-        self._of_units = StepOfUnits(self.steps.clone(), counts, clip_U, (clip_U < 1).cpu(), rates)
+        counts, on_device_U = to_device(torch.stack((self.steps.float(), clip_U)), self._device())
+        self._of_units = StepOfUnits(self.steps.clone(), counts, on_device_U, clip_U < 1, rates)
         for group in self.param_groups:
             group["lr"] = plan.learning_rate
 

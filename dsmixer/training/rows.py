@@ -8,7 +8,7 @@ more, which no step reaches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,9 +62,10 @@ class Rows:
 
     def of(self, span: torch.Tensor) -> torch.Tensor:
         """``[..., count, width]`` to ``[..., N, width]``."""
-        if isinstance(self.places, torch.Tensor):
-            return span.index_select(-2, self.places.to(span.device))  # theta(0) may be on the host
-        return span[..., self.places, :]
+        if isinstance(self.places, slice):
+            return span[..., self.places, :]
+        here = self.places.device == span.device  # theta(0) may be on the host
+        return span.index_select(-2, self.places if here else torch.tensor(self.listed))
 
     def put(self, span: torch.Tensor, rows: torch.Tensor) -> None:
         """Write back what ``of`` copied out."""
@@ -84,18 +85,6 @@ class Rows:
             values_U.index_add_(0, self.units, values_N)
         else:
             values_U[self.units].add_(values_N)
-
-    def blocks(self, length: int) -> Iterator[Rows]:
-        """``length`` rows at a time."""
-        for first in range(0, self.count, length):
-            places, units = (_cut(of, first, length) for of in (self.places, self.units))
-            yield Rows(places, units, self.listed[first : first + length])
-
-
-def _cut(indices: slice | torch.Tensor, first: int, length: int) -> slice | torch.Tensor:
-    if isinstance(indices, torch.Tensor):
-        return indices[first : first + length]
-    return slice(indices.start + first, min(indices.start + first + length, indices.stop))
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,14 @@ def _run_or_index(indices: torch.Tensor, device: torch.device) -> slice | torch.
     first = int(indices[0])
     if torch.equal(indices, torch.arange(first, first + len(indices))):
         return slice(first, first + len(indices))
-    return indices.to(device)
+    return to_device(indices, device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, for which the host does not wait."""
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def spans_of(piece: Piece, layout: ExpertLayout, router_rows: Sequence[int] | None = None) -> list[Span]:

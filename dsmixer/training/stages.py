@@ -24,6 +24,7 @@ from dsmixer.routing.context import BatchRouting, MixerLoss, RouterLoss, Stream
 from dsmixer.routing.modes import Routing
 from dsmixer.routing.statistics import RouterOutput, RoutingStatistics
 from dsmixer.training.optimizer import StepPlan
+from dsmixer.training.rows import to_device
 from dsmixer.training.schedule import rate_share
 
 
@@ -79,7 +80,7 @@ class HardStage:
     token to a rank that holds its expert.
 
     ``expert_of_domain`` is the expert in the pool, ``place_of_domain`` its place among the ``num_here`` of
-    this rank; both as ``expert_lookup`` makes them.
+    this rank; both as ``expert_lookup`` makes them. What a step asks of them on the host is copied once.
     """
 
     config: StageConfig
@@ -90,20 +91,26 @@ class HardStage:
     num_here: int
     number: int = 1
     routing: Routing = field(default_factory=lambda: Routing(mode="hard"))
+    _experts: torch.Tensor = field(init=False)
+    _places: torch.Tensor = field(init=False)
+    _reached_U: torch.Tensor = field(init=False)
     _targets_E: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._experts, self._places = self.expert_of_domain[:-1].cpu(), self.place_of_domain.cpu()
 
     def start_step(self, step: int, batch: StepBatch) -> RoutingStatistics | None:
         self._check_homes(batch)
-        experts = self.expert_of_domain[:-1].cpu()
-        self._targets_E = torch.zeros(self.num_experts, dtype=torch.int64)
-        self._targets_E.index_add_(0, experts, batch.target_tokens)
+        targets_U = torch.zeros(self.num_experts + 1, dtype=torch.int64)
+        targets_U.index_add_(0, self._experts, batch.target_tokens)
+        self._reached_U = targets_U > 0
+        self._targets_E = to_device(targets_U[:-1], self.expert_of_domain.device)
         return None
 
     def _check_homes(self, batch: StepBatch) -> None:
-        places = self.place_of_domain.cpu()
         for micro in batch.micro_batches:
             domains = micro.domain_ids.unique()
-            lost = domains[(places[domains] < 0) & (domains >= 0)]
+            lost = domains[(self._places[domains] < 0) & (domains >= 0)]
             assert not len(lost), f"domains {lost.tolist()} on a rank without their experts"
 
     def batch_routing(self, micro: MicroBatch) -> BatchRouting:
@@ -125,8 +132,7 @@ class HardStage:
 
     def plan(self, step: int, statistics: RoutingStatistics | None) -> StepPlan:
         rate = _rates(self.config, step, self.num_steps)
-        reached_U = torch.cat((self._targets_E > 0, torch.tensor([False])))
-        return StepPlan(rate, 0.0, reached_U)
+        return StepPlan(rate, 0.0, self._reached_U)
 
     def forget_step(self) -> None:
         pass
@@ -158,8 +164,10 @@ class SoftStage:
     _usage_before: torch.Tensor | None = None
     _labels: dict[Stream, torch.Tensor | None] = field(default_factory=dict)
     _trained_E: torch.Tensor | None = None
+    _preserve_beta_U: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        self._preserve_beta_U = self._preserve_beta()
         self.terms = routing_terms(self.config)
         shape = (len(self.mixture.routers), len(self.mixture.expert_names))
         if self.usage is None:
@@ -242,15 +250,21 @@ class SoftStage:
         self._usage_before, self.usage = self.usage, self.terms.next_usage(statistics).clone()
         rate = _rates(self.config, step, self.num_steps)
         router_peak = self.config.router_learning_rate or self.config.learning_rate
-        reached_E = statistics.chosen_ME.sum(0).cpu() > 0
-        if self.config.experts == "frozen":
-            reached_E = torch.zeros_like(reached_E)
         return StepPlan(
             learning_rate=rate,
             router_learning_rate=rate / self.config.learning_rate * router_peak,
-            reached=torch.cat((reached_E, torch.tensor([True]))),
-            preserve_beta=self._preserve_beta(),
+            reached=self._reached(statistics),
+            preserve_beta=self._preserve_beta_U,
         )
+
+    def _reached(self, statistics: RoutingStatistics) -> torch.Tensor:
+        """Of experts that train the host must know those that were chosen before it looks at their gradients,
+        and waits for it; of frozen ones it asks nothing."""
+        if self.config.experts == "frozen":
+            chosen_E = torch.zeros(statistics.num_experts)
+        else:
+            chosen_E = statistics.chosen_ME.sum(0).cpu()
+        return torch.cat((chosen_E > 0, torch.tensor([True])))
 
     def forget_step(self) -> None:
         if self._usage_before is not None:

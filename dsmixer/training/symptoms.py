@@ -46,8 +46,8 @@ class Symptoms:
             return []
         found = self._spike(report.step, report.loss)
         if report.statistics is not None and len(self._experts) > 1:
-            chosen_E = report.statistics.chosen_ME.sum(0).cpu()
-            found += self._dead(chosen_E) + self._collapse(report.statistics.top1_ME.double().cpu())
+            assert report.chosen_E is not None
+            found += self._dead(report.chosen_E) + self._collapse(report.statistics.top1_ME)
         return found
 
     def _spike(self, step: int, loss: float) -> list[str]:
@@ -79,13 +79,14 @@ class Symptoms:
         )
 
     def _collapse(self, top1_ME: torch.Tensor) -> list[str]:
-        """Looks at ``dead_after`` steps together: the first choices of one step may well agree."""
-        self._top1_ME += top1_ME
+        """Looks at ``dead_after`` steps together: the first choices of one step may well agree. Until then
+        they are added up where they are, and the host waits for none."""
+        self._top1_ME = self._top1_ME.to(top1_ME.device).add_(top1_ME)
         self._steps += 1
         if self._steps < self._health.dead_after:
             return []
-        share_M, expert_M = (self._top1_ME / self._top1_ME.sum(1, keepdim=True).clamp_min(1)).max(1)
-        self._top1_ME.zero_()
+        seen_ME, self._top1_ME = self._top1_ME.cpu(), torch.zeros_like(self._top1_ME)
+        share_M, expert_M = (seen_ME / seen_ME.sum(1, keepdim=True).clamp_min(1)).max(1)
         self._steps = 0
         collapsed = (share_M > self._health.collapse_share).nonzero().flatten().tolist()
         if not collapsed:

@@ -57,7 +57,7 @@ class StepOfUnits:
 
     Attributes:
         steps: the count of each, on the host.
-        counts: the same as scalars on the device.
+        counts: the same as float32, on the device.
         clip_U: coefficients of their gradients, on the device.
         is_clipped: whether a coefficient is below 1, on the host.
         rates: learning rates.
@@ -65,7 +65,7 @@ class StepOfUnits:
     """
 
     steps: torch.Tensor
-    counts: Sequence[torch.Tensor]
+    counts: torch.Tensor
     clip_U: torch.Tensor
     is_clipped: torch.Tensor
     rates: Sequence[float]
@@ -78,17 +78,17 @@ class StepOfUnits:
         steps_N = self.steps[units_N]
         cuts = ((places_N.diff() != 1) | (steps_N.diff() != 0)).nonzero().flatten() + 1
         bounds = [0, *cuts.tolist(), len(places_N)]
+        clip_N1, is_clipped_N = self.clip_U[rows.units][:, None], self.is_clipped[units_N]
         found = []
         for begin, end in pairwise(bounds):
-            units, first = units_N[begin:end], rows.listed[begin]
-            clipped = bool(self.is_clipped[units].any())
+            unit, first = int(units_N[begin]), rows.listed[begin]
             found.append(
                 Run(
                     places=slice(first, first + end - begin),
                     taken=slice(begin, end),
-                    step=self.counts[int(units[0])],
-                    rate=self.rates[int(units[0])],
-                    clip_N1=self.clip_U[units.to(self.clip_U.device)][:, None] if clipped else None,
+                    step=self.counts[unit],
+                    rate=self.rates[unit],
+                    clip_N1=clip_N1[begin:end] if bool(is_clipped_N[begin:end].any()) else None,
                 )
             )
         return found

@@ -19,11 +19,11 @@ EXPERTS, ROUTERS = ["law", "chess", "code"], ["layer 0", "layer 1"]
 
 def report(step: int, loss: float = 2.0, counts: list[list[float]] | None = None) -> StepReport:
     """A step; ``counts`` are the first choices of each router and expert."""
-    statistics = None
+    statistics, chosen_E = None, None
     if counts is not None:
         statistics = RoutingStatistics(num_routers=len(ROUTERS), num_experts=len(EXPERTS))
         statistics.top1_ME.copy_(torch.tensor(counts))
-        statistics.chosen_ME.copy_(torch.tensor(counts))
+        chosen_E = torch.tensor(counts).sum(0)
     numbers = dict.fromkeys(("task_loss", "rsl", "preserve", "learning_rate", "router_learning_rate"), 0.0)
     return StepReport(
         step=step,
@@ -34,6 +34,7 @@ def report(step: int, loss: float = 2.0, counts: list[list[float]] | None = None
         seconds=1.0,
         statistics=statistics,
         stop=False,
+        chosen_E=chosen_E,
         **numbers,
     )
 
@@ -104,7 +105,6 @@ def test_what_is_not_finite_is_named(change: dict[str, object], told: list[str])
         "rsl": 0.0,
         "preserve": 0.0,
         "squared_norms_U": torch.ones(4),
-        "statistics": None,
     }
     assert StepNumbers(**{**numbers, **change}).problems(EXPERTS, ROUTERS) == told  # type: ignore[arg-type]
 
@@ -132,7 +132,26 @@ def test_a_router_whose_logits_are_not_finite_is_named() -> None:
     statistics = RoutingStatistics(num_routers=2, num_experts=3)
     statistics.p_ME[1, 2] = math.nan
     told = "logits are not finite in the routers layer 1"
-    numbers = StepNumbers(1.0, math.nan, 0.0, torch.ones(4), statistics)
+    numbers = fetched([1.0, math.nan, 0.0], statistics)
     assert numbers.problems(EXPERTS, ROUTERS)[-1] == told
-    alone = StepNumbers(1.0, 0.0, 0.0, torch.ones(4), statistics)
+    alone = fetched([1.0, 0.0, 0.0], statistics)
     assert alone.problems(EXPERTS, ROUTERS) == [told], "a reason by itself"
+
+
+def fetched(losses: list[float], statistics: RoutingStatistics | None) -> StepNumbers:
+    return StepNumbers.fetch(torch.tensor(losses), 1, torch.ones(5), statistics)
+
+
+def test_what_travels_as_one_tensor_arrives_as_it_was() -> None:
+    """Numbers that no two kinds share."""
+    statistics = RoutingStatistics(num_routers=2, num_experts=3)
+    statistics.chosen_ME.copy_(torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0**24]]))
+    statistics.entropy_M[0] = math.inf
+    losses, sums = torch.tensor([7.5, 0.1, 1.0]), torch.tensor([0.25, 0.5, 0.75, 1.25, -3.0])
+    numbers = StepNumbers.fetch(losses, 5, sums, statistics)
+    assert (numbers.task_loss, numbers.rsl, numbers.preserve) == (1.5, losses[1].item(), -3.0)
+    assert numbers.squared_norms_U.tolist() == [0.25, 0.5, 0.75, 1.25] and numbers.stop is True
+    assert numbers.finite_M is not None and numbers.finite_M.tolist() == [False, True]
+    assert numbers.chosen_E is not None and numbers.chosen_E.tolist() == [4.0, 0.0, 2.0**24 + 2.0]
+    alone = StepNumbers.fetch(torch.zeros(3), 5, sums, None)
+    assert (alone.finite_M, alone.chosen_E, alone.stop) == (None, None, False)
