@@ -46,7 +46,7 @@ class SwitchLoss(PlainLoss):
         """``ramp * alpha * E * sum_x sum_i p_i(x) f_i``, a scalar; arguments as ``RoutingLoss``."""
         usage_E = usage_at(output, previous_usage_E, self.usage_from, self.usage, self.smooth_temperature)
         scale = self.alpha * (output.p_TE.shape[1] if self.times_experts else 1)
-        return ramp * scale * (output.token_sum(output.p_TE) @ usage_E)
+        return ramp * scale * (output.p_sum_E() @ usage_E)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class MutualInformationLoss(PlainLoss):
         """``ramp`` times the loss summed over real tokens; arguments as ``RoutingLoss``."""
         m_E = usage_at(output, previous_usage_E, self.usage_from, self.usage, self.smooth_temperature)
         log_E = m_E.clamp_min(FLOOR).log()
-        negative_entropy = output.token_sum(output.p_TE) @ log_E
+        negative_entropy = output.p_sum_E() @ log_E
         return ramp * self.weight * (negative_entropy + output.token_sum(output.entropy_T()))
 
 

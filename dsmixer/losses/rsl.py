@@ -54,7 +54,7 @@ class RoutingSpecializationLoss(PlainLoss):
             extras: not used.
         """
         usage_E = usage_at(output, previous_usage_E, self.usage_from, self.usage, self.smooth_temperature)
-        balance = output.token_sum(output.p_TE) @ usage_E
+        balance = output.p_sum_E() @ usage_E
         entropy = output.token_sum(output.entropy_T())
         sign = ENTROPY_SIGNS[self.entropy]
         return ramp * (self.alpha * balance + sign * self.entropy_weight * entropy)

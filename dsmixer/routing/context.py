@@ -238,10 +238,11 @@ class RoutingContext:
         return not self._recording and self._router_loss is None and not torch.is_grad_enabled()
 
     def _record(self, output: RouterOutput, index: int, domains_T: torch.Tensor | None) -> None:
-        if self._recording and self._statistics is not None:
-            self._statistics.record(index, output, domains_T)
+        # the loss first: what it makes of the output with a graph serves the statistics too
         if self._router_loss is not None and (self._recording or torch.is_grad_enabled()):
             self._add_loss(self._router_loss(output, index))
+        if self._recording and self._statistics is not None:
+            self._statistics.record(index, output, domains_T)
 
     @property
     def takes_outputs(self) -> bool:

@@ -5,6 +5,7 @@ Shapes: M routers, E experts, G domains, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class RouterOutput:
     p_TE: torch.Tensor
     choice: Choice
     mask_T: torch.Tensor | None
+    _made: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def token_sum(self, values_T: torch.Tensor) -> torch.Tensor:
         """Sum over real tokens along the first dimension."""
@@ -40,8 +42,19 @@ class RouterOutput:
 
     def entropy_T(self) -> torch.Tensor:
         """``H(p(x))`` of each token, nats."""
-        entropy_T: torch.Tensor = _Entropy.apply(self.p_TE)
-        return entropy_T
+        return self._once("entropy", lambda: _Entropy.apply(self.p_TE))
+
+    def p_sum_E(self) -> torch.Tensor:
+        """Sum of p over real tokens."""
+        return self._once("p sum", lambda: self.token_sum(self.p_TE))
+
+    def _once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """One pass over ``[T, E]`` for a loss and the statistics; another only where a graph is wanted and
+        the first had none."""
+        made = self._made.get(name)
+        if made is None or (torch.is_grad_enabled() and self.p_TE.requires_grad and not made.requires_grad):
+            made = self._made[name] = make()
+        return made
 
 
 class _Entropy(torch.autograd.Function):
@@ -130,7 +143,7 @@ class RoutingStatistics:
         )
         first_TE = torch.zeros_like(p_TE).scatter_(1, p_TE.argmax(1, keepdim=True), 1.0)
         chosen_TE = (weights_TE if choice.gate_TE is None else choice.gate_TE.detach()) > 0
-        self.p_ME[router] += output.token_sum(p_TE)
+        self.p_ME[router] += output.p_sum_E().detach().float()
         self.p_squared_ME[router] += output.token_sum(p_TE.square())
         self.weight_ME[router] += output.token_sum(weights_TE)
         self.top1_ME[router] += output.token_sum(first_TE)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsmixer.losses.rsl import RoutingSpecializationLoss
 from dsmixer.routing.modes import Routing, modes
 from dsmixer.routing.router import Router
 from dsmixer.routing.statistics import MAX_DOMAIN_CELLS, RouterOutput, RoutingStatistics
@@ -135,3 +139,37 @@ def test_entropy_and_its_gradient_stay_exact_where_probabilities_vanish(wide: fl
     expected_T.sum().backward()
     assert found.grad is not None and exact.grad is not None
     torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+class _Passes(TorchDispatchMode):
+    """Counts the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_and_the_statistics_share_their_passes_and_nothing_of_them_changes(masked: bool) -> None:
+    logits, usage_E = draw_logits(8, 4), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    mask_T = torch.arange(8) < 6 if masked else None
+    loss_of = RoutingSpecializationLoss()
+    expected = loss_of(output_of(logits.requires_grad_(), Routing(), mask_T), usage_E, 1.0)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    statistics = RoutingStatistics(1, 4)
+    statistics.record(0, output_of(logits, Routing(), mask_T), None)
+    for first in ("loss", "statistics"):
+        output, found = output_of(logits, Routing(), mask_T), RoutingStatistics(1, 4)
+        with _Passes() as passes:
+            if first == "statistics":
+                found.record(0, output, None)
+            loss = loss_of(output, usage_E, 1.0)
+            if first == "loss":
+                found.record(0, output, None)
+        assert torch.equal(loss, expected) and torch.equal(found.buffer, statistics.buffer)
+        assert torch.equal(torch.autograd.grad(loss, logits)[0], gradient)
+        assert passes.counts["aten.special_entr.default"] == (1 if first == "loss" else 2)
