@@ -26,4 +26,7 @@ def tokenizer_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ[VARIABLE] = SERIAL
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
