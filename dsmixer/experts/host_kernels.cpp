@@ -17,6 +17,7 @@ constexpr Index ROWS = 4;       // rows of a tile of accumulators
 constexpr Index COLUMNS = 4;    // vectors, or matrix rows, of such a tile
 constexpr Index CHUNK = 32;     // rows of an expert that one task takes
 constexpr Index PANEL = 2048;   // columns that one task takes: long streams, which processors read ahead
+constexpr Index BUFFER = 512;   // columns that one task takes where sums are gathered in a buffer
 constexpr Index PIECE = 32768;  // elements of a row that one task takes
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
@@ -79,7 +80,7 @@ void widen(const From* from, float* to, Index count) {
     for (; x < count; ++x) to[x] = widened(from[x]);
 }
 
-// rows of one expert that one task takes
+// rows, or columns, of one expert that one task takes
 struct Task {
     Index expert, begin, end;
 };
@@ -236,16 +237,19 @@ void to_tokens(
 
 // to[x][.] (+)= sum_i left[i][x] * rows[i][.] for some rows of an expert and one panel of columns
 template <bool ADD>
-void add_outer(const float* left, const float* rows, Index count, Index depth, Index width, float* to, Index stride) {
+void add_outer(
+    const float* left, const float* rows, Index row_stride, Index count, Index depth, Index width, float* to,
+    Index stride
+) {
     float* some[ROWS];
     Index x = 0;
     for (; x + ROWS <= depth; x += ROWS) {
         for (Index m = 0; m < ROWS; ++m) some[m] = to + (x + m) * stride;
-        mix_columns<ROWS, ADD>(left + x * CHUNK, CHUNK, rows, PANEL, count, width, some);
+        mix_columns<ROWS, ADD>(left + x * CHUNK, CHUNK, rows, row_stride, count, width, some);
     }
     for (; x < depth; ++x) {
         some[0] = to + x * stride;
-        mix_columns<1, ADD>(left + x * CHUNK, CHUNK, rows, PANEL, count, width, some);
+        mix_columns<1, ADD>(left + x * CHUNK, CHUNK, rows, row_stride, count, width, some);
     }
 }
 
@@ -257,33 +261,37 @@ void outer(
     const Row* tokens, Index token_stride, const Row* left, Bank* out, const Index* token, const Index* limit,
     Index num_experts, Index depth, Index columns, Index threads
 ) {
-    const Index panels = (columns + PANEL - 1) / PANEL;
+    // what is added to again and again is better off close together
+    const auto in_place = [&](Index e) { return as_sums(out) && limit[e + 1] - limit[e] <= CHUNK; };
+    std::vector<Task> all;
+    for (Index e = 0; e < num_experts; ++e)
+        for (Index first = 0, width = in_place(e) ? PANEL : BUFFER; first < columns; first += width)
+            all.push_back({e, first, std::min(first + width, columns)});
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> rows(CHUNK * PANEL), turned(CHUNK * depth), buffer(depth * PANEL);
+        // rows a little apart, or the same columns of all would share one place in a cache
+        const Index row_stride = std::min(PANEL, (columns + LANES - 1) / LANES * LANES) + LANES;
+        std::vector<float> rows(CHUNK * row_stride), turned(CHUNK * depth), buffer(depth * BUFFER);
 #pragma omp for schedule(dynamic)
-        for (Index number = 0; number < num_experts * panels; ++number) {
-            const Index e = number / panels, first = number % panels * PANEL;
-            const Index width = std::min(PANEL, columns - first);
+        for (std::size_t number = 0; number < all.size(); ++number) {
+            const Index e = all[number].expert, first = all[number].begin, width = all[number].end - first;
             Bank* to = out + e * depth * columns + first;
-            // what is added to again and again is better off close together
-            const bool in_place = as_sums(to) && limit[e + 1] - limit[e] <= CHUNK;
-            float* sums = in_place ? as_sums(to) : buffer.data();
-            const Index stride = in_place ? columns : PANEL;
+            float* sums = in_place(e) ? as_sums(to) : buffer.data();
+            const Index stride = in_place(e) ? columns : BUFFER;
             if (limit[e] == limit[e + 1])
                 for (Index x = 0; x < depth; ++x) std::fill_n(sums + x * stride, width, 0.0f);
             for (Index begin = limit[e]; begin < limit[e + 1]; begin += CHUNK) {
                 const Index count = std::min(CHUNK, limit[e + 1] - begin);
                 for (Index i = 0; i < count; ++i) {
-                    widen(tokens + token[begin + i] * token_stride + first, rows.data() + i * PANEL, width);
+                    widen(tokens + token[begin + i] * token_stride + first, rows.data() + i * row_stride, width);
                     for (Index x = 0; x < depth; ++x)
                         turned[x * CHUNK + i] = widened(left[(begin + i) * depth + x]);
                 }
                 (begin == limit[e] ? add_outer<false> : add_outer<true>)(
-                    turned.data(), rows.data(), count, depth, width, sums, stride
+                    turned.data(), rows.data(), row_stride, count, depth, width, sums, stride
                 );
             }
-            if (!in_place)
+            if (!in_place(e))
                 for (Index x = 0; x < depth; ++x)
                     for (Index y = 0; y < width; ++y) narrow(sums[x * stride + y], to + x * columns + y);
         }

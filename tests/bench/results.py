@@ -140,52 +140,62 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-Panel = tuple[str, str, int, int, int]
-
-
-def panel_of(case: Case) -> Panel:
-    """What cases share that differ in E alone; decoding has the same panel whatever the prompt."""
-    return case.what, case.dtype, case.width, case.rank, case.sequence
-
-
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Ratio to PEFT LoRA over E, a panel for what differs otherwise; whether there was anything to draw."""
+    """A line for each case, a dot for each system: training in times PEFT LoRA, decoding in times the frozen
+    base; whether there was anything to draw."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    measured = [row for row in rows if row.to_lora is not None]
-    panels = sorted({panel_of(row.case) for row in measured})
-    if not panels:
+    kinds = {
+        "training, times PEFT LoRA": [row for row in rows if row.case.what == "train" and row.to_lora],
+        "decoding, times the frozen base": [row for row in rows if row.case.what == "decode" and row.to_base],
+    }
+    kinds = {title: of_kind for title, of_kind in kinds.items() if of_kind}
+    if not kinds:
         return False
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(5 * across, 3.6 * down), squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw(axis, panel, [row for row in measured if panel_of(row.case) == panel])
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    figure.tight_layout()
+    lengths = [len({row.case for row in of_kind}) for of_kind in kinds.values()]
+    figure, axes = plt.subplots(
+        len(kinds),
+        1,
+        figsize=(9, 1.5 * len(kinds) + 0.3 * sum(lengths)),
+        height_ratios=[length + 2 for length in lengths],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (title, of_kind) in zip(axes.flat, kinds.items(), strict=True):
+        _draw(axis, title, of_kind)
     figure.savefig(path)
     plt.close(figure)
     return True
 
 
-def _draw(axis: Any, panel: Panel, rows: Sequence[Row]) -> None:
-    what, dtype, width, rank, sequence = panel
-    for name in SYSTEMS:
-        own = sorted((row for row in rows if row.system == name), key=lambda row: row.case.experts)
-        points = [(row.case.experts, row.to_lora) for row in own if row.to_lora is not None]
-        if not points:
+def _draw(axis: Any, title: str, rows: Sequence[Row]) -> None:
+    cases = sorted({row.case for row in rows}, key=lambda case: (case.experts, case.rank, case.width))
+    for number, name in enumerate(SYSTEMS):
+        own = [row for row in rows if row.system == name]
+        found = [(row, row.to_lora if row.case.what == "train" else row.to_base) for row in own]
+        dots = [(spread, cases.index(row.case)) for row, spread in found if spread is not None]
+        if not dots:
             continue
-        middle = [s.median for _, s in points]
-        errors = [[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]]
-        title = SYSTEMS[name].title_of(what)
-        axis.errorbar([e for e, _ in points], middle, errors, marker="o", capsize=2, label=title)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_title(f"{what}, {dtype}, width {width}, r={rank}, {sequence} tokens", fontsize=9)
-    axis.set_xlabel("experts")
-    axis.set_ylabel("times PEFT LoRA")
-    axis.legend(fontsize=6)
+        middle = [spread.median for spread, _ in dots]
+        errors = [[s.median - s.low for s, _ in dots], [s.high - s.median for s, _ in dots]]
+        marker = "D" if name.startswith("stage") else "o"
+        label = SYSTEMS[name].title_of(own[0].case.what)
+        places = [place for _, place in dots]
+        axis.errorbar(middle, places, xerr=errors, fmt=marker, color=f"C{number}", capsize=2, label=label)
+    axis.axvline(1.0, color="0.6", linewidth=1, zorder=0)
+    axis.set_xscale("log")
+    for of_ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        of_ticks("{x:g}")
+    axis.set_yticks(range(len(cases)), [_label(case) for case in cases], fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="y", color="0.92")
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _label(case: Case) -> str:
+    length = f", {case.tokens:,} tokens" if case.what == "train" else ""
+    return f"E={case.experts}, r={case.rank}, width {case.width}, {case.dtype}{length}"

@@ -145,7 +145,7 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="ratios to PEFT LoRA over E")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture")
     args = parser.parse_args()
     rows = latest([read_rows(path) for path in args.results])
     print(summary(rows))

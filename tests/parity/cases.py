@@ -236,7 +236,7 @@ def _low_memory() -> Iterator[Case]:
     for stage in (1, 2):
         yield Case(f"offload_z{stage}", 2, (zero(stage), f"deepspeed.config={OFFLOAD_OPTIMIZER}"))
     yield Case("offload_z3", 2, (zero(3), f"deepspeed.config={OFFLOAD_ALL}"))
-    spread = Layout(4, "tokens", 1, 2)
+    spread = Layout(4 if LONG else 2, "tokens", 1, 2)
     for name, ranks, overrides in (
         ("eight_bit_z2", 2, (zero(2),)),
         ("eight_bit_z3", 2, (zero(3),)),

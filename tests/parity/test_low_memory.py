@@ -23,7 +23,8 @@ def test_what_deepspeed_keeps_on_the_host_changes_nothing(runs: Any, zero: int) 
 
 @pytest.mark.parametrize("name", ["eight_bit_z2", "eight_bit_z3", "eight_bit_spread"])
 def test_eight_bit_moments_train_nearly_as_float32_ones(runs: Any, name: str) -> None:
-    """Two ranks or four; the moments really are rounded, those of the routers are not."""
+    """Also with experts apart, on four ranks in the long form; the moments really are rounded, those of the
+    routers are not."""
     run, exact = runs[name], runs["w2z2"]
     apart = relative(run.column("task_loss"), exact.column("task_loss"))
     trained = moved_share(run.tensors(1), exact.tensors(1), runs.start("w2z2"))
