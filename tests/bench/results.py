@@ -172,6 +172,8 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _draw(axis: Any, title: str, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     cases = sorted({row.case for row in rows}, key=lambda case: (case.experts, case.rank, case.width))
     for number, name in enumerate(SYSTEMS):
         own = [row for row in rows if row.system == name]
@@ -187,8 +189,9 @@ def _draw(axis: Any, title: str, rows: Sequence[Row]) -> None:
         axis.errorbar(middle, places, xerr=errors, fmt=marker, color=f"C{number}", capsize=2, label=label)
     axis.axvline(1.0, color="0.6", linewidth=1, zorder=0)
     axis.set_xscale("log")
-    for of_ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        of_ticks("{x:g}")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yticks(range(len(cases)), [_label(case) for case in cases], fontsize=8)
     axis.invert_yaxis()
     axis.grid(axis="y", color="0.92")
